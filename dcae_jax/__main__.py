@@ -1,0 +1,39 @@
+"""python -m dcae_jax COMMAND [...]: the commands beside training."""
+
+import ast
+import importlib
+import pathlib
+import sys
+
+from dcae_jax.errors import UserError
+
+
+def commands() -> dict[str, str]:
+    """name -> one line of help, read from the modules in cli/ without importing them."""
+    found = {}
+    for path in sorted((pathlib.Path(__file__).parent / "cli").glob("[a-z]*.py")):
+        doc = ast.get_docstring(ast.parse(path.read_text())) or ""
+        found[path.stem.replace("_", "-")] = doc.split("\n")[0]
+    return found
+
+
+def main(argv: list[str]) -> int:
+    """Dispatches to dcae_jax/cli/COMMAND.py; exit code 2 for a mistake of the user."""
+    known = commands()
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print("python -m dcae_jax COMMAND [...]   (COMMAND --help tells more)\n")
+        print("\n".join(f"  {name:14s} {text}" for name, text in known.items()))
+        return 0 if argv else 2
+    name, rest = argv[0], argv[1:]
+    if name not in known:
+        print(f"error: no command {name!r}; there are: {', '.join(known)}", file=sys.stderr)
+        return 2
+    try:
+        return importlib.import_module(f"dcae_jax.cli.{name.replace('-', '_')}").main(rest)
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,379 @@
+"""Checkpoints with digests: the only importer of Orbax.
+
+A step directory holds the items `params`, `stats`, `ema`, `opt` and `meta` (JSON).  `meta` lists
+shape, dtype and a digest of every leaf, so a flipped bit or a file that is gone is found and named
+when the step is read, and an older step is used.  Nothing of the user's is ever deleted: a damaged
+step is moved to `checkpoints_damaged/`.
+"""
+
+import hashlib
+import json
+import shutil
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+from etils import epath
+from jaxtyping import Array, UInt32
+from orbax.checkpoint import checkpoint_managers as policies
+
+from dcae_jax import distributed
+from dcae_jax.config import CheckpointConfig, JSONValue
+from dcae_jax.errors import UserError
+from dcae_jax.step import TrainState
+from dcae_jax.tree import Tree
+
+ITEMS = ("params", "stats", "ema", "opt")
+Meta = dict[str, JSONValue]
+
+
+class DamagedCheckpoint(Exception):
+    """A step that cannot be trusted; the message names what is wrong with it."""
+
+
+# ---------------------------------------------------------------------------------------- digests
+
+
+def _leaf_digest(x: Array) -> UInt32[Array, ""]:
+    """Sum over elements of bits x (2 index + 1), modulo 2^32.
+
+    The factors are odd, so every single flipped bit changes the sum; integer sums do not depend on
+    the order, so the digest is the same on every mesh.
+    """
+    x = jnp.asarray(x)
+    width = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
+    bits = x if x.dtype == jnp.bool_ else jax.lax.bitcast_convert_type(x, width)
+    index = jnp.zeros(x.shape, jnp.uint32)
+    for axis, n in enumerate(x.shape):
+        index = index * n + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+    return jnp.sum(bits.astype(jnp.uint32) * (2 * index + 1), dtype=jnp.uint32)
+
+
+@jax.jit
+def _digests(leaves: list[Array]) -> list[Array]:
+    return [_leaf_digest(x) for x in leaves]
+
+
+def _paths(item: Tree) -> tuple[list[str], list[Any]]:
+    flat, _ = jax.tree_util.tree_flatten_with_path(item)
+    return [jax.tree_util.keystr(p, simple=True, separator="/") for p, _ in flat], [
+        x for _, x in flat
+    ]
+
+
+def leaf_table(item: Tree, with_digest: bool = True) -> dict[str, JSONValue]:
+    """path -> [shape, dtype, digest] of every leaf."""
+    paths, leaves = _paths(item)
+    digests = jax.device_get(_digests(leaves)) if with_digest and leaves else [0] * len(leaves)
+    return {
+        p: [list(x.shape), str(x.dtype), int(d)]
+        for p, x, d in zip(paths, leaves, digests, strict=True)
+    }
+
+
+def _seal(meta: Meta) -> str:
+    body = {k: v for k, v in meta.items() if k != "sha256"}
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+# ------------------------------------------------------------------------------------ comparison
+
+
+def compare(name: str, saved: dict[str, JSONValue], target: Tree) -> list[str]:
+    """Differences between a saved item and what is needed, each naming the parameter's path."""
+    wanted = leaf_table(target, with_digest=False)
+    found = [f"{name}/{p}: missing in the checkpoint" for p in wanted if p not in saved]
+    found += [f"{name}/{p}: in the checkpoint but not needed" for p in saved if p not in wanted]
+    for p in wanted.keys() & saved.keys():
+        for what, i in (("shape", 0), ("dtype", 1)):
+            if wanted[p][i] != saved[p][i]:
+                found.append(f"{name}/{p}: {what} {saved[p][i]}, expected {wanted[p][i]}")
+    return sorted(found)
+
+
+def _refuse(where: str, found: list[str]) -> None:
+    if found:
+        lines = "\n".join(f"  - {f}" for f in found[:20])
+        more = f"\n  ... and {len(found) - 20} more" if len(found) > 20 else ""
+        raise UserError(
+            f"{where} does not fit this config ({len(found)} difference(s)):\n{lines}{more}\n"
+            "Use the config it was trained with (config.json beside it), or another workdir."
+        )
+
+
+# ---------------------------------------------------------------------------------------- reading
+
+
+def _steps(folder: epath.Path) -> list[int]:
+    names = [p.name for p in folder.iterdir()] if folder.exists() else []
+    return sorted(int(name) for name in names if name.isdigit())
+
+
+def read_meta(folder: epath.Path, step: int) -> Meta:
+    """The JSON of a step; raises DamagedCheckpoint if it is not there or not what was written."""
+    path = folder / str(step) / "meta" / "metadata"
+    try:
+        meta = json.loads(path.read_text())
+    except FileNotFoundError as e:
+        raise DamagedCheckpoint(f"{path} is missing: the step is empty or incomplete") from e
+    except (ValueError, UnicodeDecodeError) as e:
+        raise DamagedCheckpoint(f"{path} is not readable JSON: {e}") from e
+    if "sha256" not in meta or meta["sha256"] != _seal(meta):
+        raise DamagedCheckpoint(f"{path} was changed after it was written (its sha256 differs)")
+    return meta
+
+
+def _read_items(folder: epath.Path, step: int, meta: Meta, targets: dict[str, Tree]) -> Any:
+    """Restores items into the targets' shardings and checks every leaf's digest."""
+    args = {k: ocp.args.StandardRestore(v) for k, v in targets.items()}
+    try:
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+            found = reader.restore(folder / str(step), args=ocp.args.Composite(**args))
+    except Exception as e:  # whatever a damaged file makes tensorstore raise
+        text = str(e).strip().splitlines()
+        raise DamagedCheckpoint(f"{type(e).__name__}: {text[0][:300] if text else ''}") from e
+    bad = [
+        f"{item}/{path}"
+        for item in targets
+        for path, row in leaf_table(found[item]).items()
+        if row[2] != meta["leaves"][item][path][2]
+    ]
+    if bad:
+        raise DamagedCheckpoint(
+            f"{len(bad)} leaf/leaves differ from what was saved, the first is {bad[0]}"
+        )
+    return {item: found[item] for item in targets}
+
+
+def _items(state: TrainState) -> dict[str, Tree]:
+    """The state's items that have leaves; the step is in the directory's name and in meta."""
+    every = {name: getattr(state, name) for name in ITEMS}
+    return {name: item for name, item in every.items() if jax.tree.leaves(item)}
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Parameters and running statistics taken from another run, and where they came from."""
+
+    params: Tree
+    stats: Tree
+    step: int
+    source: str  # e.g. "ema 0.999 of step 1200"
+    meta: Meta
+
+
+def load_weights(source: str, targets: dict[str, Tree], prefer_ema: bool) -> Weights:
+    """The newest valid weights of a run's workdir (or of one step directory).
+
+    `targets` are abstract `params` and `stats`.  Only what the other run has in common at the top
+    level (e.g. "ae" but not "disc") is read; within it the trees must agree.
+    """
+    folder, wanted = _find_source(source)
+    for step in wanted:
+        try:
+            meta = read_meta(folder, step)
+            return _read_weights(folder, step, meta, targets, prefer_ema)
+        except DamagedCheckpoint as e:
+            logging.warning("checkpoint %s of %s is damaged: %s", step, folder, e)
+    raise UserError(f"init_from: no valid checkpoint in {folder} (tried steps {wanted})")
+
+
+def _find_source(source: str) -> tuple[epath.Path, list[int]]:
+    path = epath.Path(source)
+    if path.name.isdigit() and path.exists():
+        return path.parent, [int(path.name)]
+    for folder in (path / "checkpoints", path):
+        if steps := _steps(folder):
+            return folder, steps[::-1]
+    what = "does not exist" if not path.exists() else "has no checkpoints"
+    raise UserError(
+        f"init_from = {source!r} {what}; give the workdir of a finished phase, or one step "
+        "directory of it (WORKDIR/checkpoints/STEP)"
+    )
+
+
+def _read_weights(
+    folder: epath.Path, step: int, meta: Meta, targets: dict[str, Tree], prefer_ema: bool
+) -> Weights:
+    saved = meta["leaves"]
+    decay = next(iter(saved["ema"])).split("/")[0] if prefer_ema and "ema" in saved else None
+    inner = {"params": targets["params"], "stats": targets["stats"]}
+    tops = {p.split("/")[0] for p in saved["params"]}
+    inner = {name: {k: v for k, v in t.items() if k in tops} for name, t in inner.items()}
+    inner = {name: t for name, t in inner.items() if jax.tree.leaves(t)}
+    want = {"ema": {decay: inner}} if decay else inner
+    for item, target in want.items():
+        # Parts of the checkpoint that this run does not have (a discriminator, say) are left there.
+        problems = [p for p in compare(item, saved[item], target) if "but not needed" not in p]
+        _refuse(f"init_from {folder / str(step)}", problems)
+    found = _read_partial(folder, step, meta, want)
+    found = found["ema"][decay] if decay else found
+    source = f"{f'ema {decay}' if decay else 'params'} of step {step} in {folder}"
+    stats = found["stats"] if "stats" in found else {}
+    return Weights(found["params"], stats, step, source, meta)
+
+
+def _read_partial(folder: epath.Path, step: int, meta: Meta, targets: dict[str, Tree]) -> Any:
+    """Like `_read_items`, but the targets may be a part of what was saved."""
+    out = {}
+    for item, target in targets.items():
+        restore = ocp.args.PyTreeRestore(
+            item=target,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(target),
+            partial_restore=True,
+        )
+        try:
+            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+                out[item] = reader.restore(folder / str(step) / item, args=restore)
+        except Exception as e:
+            raise DamagedCheckpoint(f"{item}: {type(e).__name__}: {str(e)[:300]}") from e
+        for path, row in leaf_table(out[item]).items():
+            if row[2] != meta["leaves"][item][path][2]:
+                raise DamagedCheckpoint(f"{item}/{path} differs from what was saved")
+    return out
+
+
+# ---------------------------------------------------------------------------------------- manager
+
+
+class Checkpoints:
+    """The checkpoints of one workdir: asynchronous saving, retention, newest valid step."""
+
+    def __init__(self, workdir: epath.Path, cfg: CheckpointConfig):
+        self.folder = epath.Path(workdir) / "checkpoints"
+        self._damaged = epath.Path(workdir) / "checkpoints_damaged"
+        self._cfg = cfg
+        self._manager = self._open()
+
+    def _open(self) -> ocp.CheckpointManager:
+        cfg = self._cfg
+        keep: list[Any] = [policies.LatestN(cfg.keep)]
+        if cfg.keep_every:
+            keep.append(policies.EveryNSteps(cfg.keep_every))
+        if cfg.best:
+            keep.append(
+                policies.BestN(
+                    get_metric_fn=lambda m: m[cfg.best], reverse=not cfg.best_is_highest, n=1,
+                    keep_checkpoints_without_metrics=False,
+                )
+            )  # fmt: skip
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=policies.AnyPreservationPolicy(keep),
+            cleanup_tmp_directories=True,
+            enable_async_checkpointing=True,
+        )
+        return ocp.CheckpointManager(self.folder, options=options)
+
+    def steps(self) -> list[int]:
+        """All steps on disk, oldest first."""
+        return _steps(self.folder)
+
+    def save(self, state: TrainState, meta: Meta, metrics: dict[str, float] | None = None) -> None:
+        """Starts to write a step; returns when the state may be donated again.
+
+        `meta` is stored beside the leaves; raises UserError when an earlier write failed.
+        """
+        step = int(state.step)
+        if step in self.steps():
+            return
+        items = _items(state)
+        meta = {**meta, "step": step, "leaves": {k: leaf_table(v) for k, v in items.items()}}
+        meta["sha256"] = _seal(meta)
+        args = {k: ocp.args.StandardSave(v) for k, v in items.items()}
+        best = {k: v for k, v in (metrics or {}).items() if k == self._cfg.best}
+        try:
+            self._manager.save(
+                step, args=ocp.args.Composite(meta=ocp.args.JsonSave(meta), **args),
+                metrics=best or None,
+            )  # fmt: skip
+        except Exception as e:
+            raise self._write_error(step, e) from e
+
+    def wait(self) -> None:
+        """Blocks until what was started is on disk; raises UserError if it is not."""
+        try:
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+        except Exception as e:
+            raise self._write_error(None, e) from e
+
+    def _write_error(self, step: int | None, e: Exception) -> UserError:
+        which = "the last checkpoint" if step is None else f"checkpoint {step}"
+        return UserError(
+            f"{which} could not be written to {self.folder}: {type(e).__name__}: "
+            f"{str(e).strip()[:300]}\nSafe on disk: steps {self.steps() or 'none'}. Make room (or "
+            "mend what the message says) and run the same command again: it resumes from there."
+        )
+
+    def restore_newest(self, target: TrainState) -> tuple[TrainState, Meta] | None:
+        """The newest step whose digests are right, on the target's shardings; None without steps.
+
+        Damaged newer steps are named and moved to `checkpoints_damaged/`.  Raises UserError when
+        steps exist but every one is damaged, or when one does not fit the target.
+        """
+        steps = self.steps()
+        damaged: list[int] = []
+        for step in reversed(steps):
+            state, meta = self._try(step, target)
+            if distributed.agree(state is not None):
+                self._set_aside(damaged)
+                return state, meta
+            damaged.append(step)
+        if not steps:
+            return None
+        raise UserError(
+            f"none of the checkpoints {steps} in {self.folder} is valid (see the warnings above); "
+            "nothing was changed. Restore them from a backup, or use a new workdir to start over."
+        )
+
+    def _try(self, step: int, target: TrainState) -> tuple[TrainState | None, Meta]:
+        try:
+            meta = read_meta(self.folder, step)
+            items = _items(target)
+            names = meta["leaves"]
+            found = [d for k, v in items.items() for d in compare(k, names.get(k, {}), v)]
+            _refuse(f"checkpoint {step} in {self.folder}", found)
+            read = _read_items(self.folder, step, meta, items)
+        except DamagedCheckpoint as e:
+            logging.warning("checkpoint %d in %s is damaged: %s", step, self.folder, e)
+            return None, {}
+        count = jax.device_put(np.int32(step), target.step.sharding)
+        return target.replace(step=count, **read), meta
+
+    def _set_aside(self, steps: list[int]) -> None:
+        if not steps:
+            return
+        self._manager.close()
+        if distributed.is_main():
+            self._damaged.mkdir(parents=True, exist_ok=True)
+            for step in steps:
+                name = next(
+                    n for n in (f"{step}", *(f"{step}-{i}" for i in range(1, 1000)))
+                    if not (self._damaged / n).exists()
+                )  # fmt: skip
+                (self.folder / str(step)).rename(self._damaged / name)
+                logging.warning("moved damaged checkpoint %d to %s", step, self._damaged / name)
+        distributed.barrier("damaged checkpoints moved")
+        self._manager = self._open()
+
+    def close(self) -> None:
+        """Waits for the last write and releases the manager."""
+        self.wait()
+        self._manager.close()
+
+
+def require_space(workdir: epath.Path, state: Any) -> None:
+    """Refuses to start when the workdir's disk has no room for two checkpoints."""
+    need = 2 * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+    if "://" in str(workdir):
+        return
+    free = shutil.disk_usage(workdir).free
+    if free < need:
+        raise UserError(
+            f"{workdir} has {free / 2**20:.0f} MiB free; two checkpoints of this run need "
+            f"{need / 2**20:.0f} MiB. Free some space or choose another --workdir."
+        )

@@ -1,0 +1,191 @@
+"""Reconstruction quality on fixed images: PSNR, SSIM, a grid, and closed-form baselines."""
+
+import copy
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, UInt8
+
+from dcae_jax import sharding
+from dcae_jax.config import InitWeights, RunConfig
+from dcae_jax.data import pipeline
+from dcae_jax.data.pipeline import DataConfig
+from dcae_jax.evals import baselines, metrics
+from dcae_jax.report import images as pictures
+from dcae_jax.step import TrainState, ema_name
+from dcae_jax.tasks.base import Task, Variables
+from dcae_jax.tree import Tree
+
+Image = UInt8[np.ndarray, "h w 3"]
+Pixels = UInt8[Array, "b h w 3"] | UInt8[np.ndarray, "b h w 3"]
+
+
+class Report(NamedTuple):
+    """What an evaluator returns: named scalars and pictures."""
+
+    scalars: dict[str, float]
+    images: dict[str, Image]
+
+
+@dataclass(slots=True)
+class ReconstructConfig:
+    """PSNR and SSIM of an autoencoder on the first `n` images of a split, at one resolution."""
+
+    name: str = ""  # "": source, resolution and split, e.g. photos-128-test
+    data: DataConfig = field(default_factory=DataConfig)
+    n: int = 64  # images, exactly, on any number of devices
+    batch: int = 8  # over all devices
+    every: int = 1000  # steps; 0: never in between
+    at_start: bool = True  # before the first step (a later phase shows what it starts from)
+    at_end: bool = True
+    pictures: int = 6  # held-out images in the grid; the same ones every time
+    training_pictures: int = 2  # training images below them, labelled as such
+    weights: InitWeights = InitWeights.ema  # which weights are evaluated
+    baselines: bool = False  # bicubic and PCA of equal rate on the same pixels (once, at the end)
+    pca_images: int = 128  # training crops whose blocks fit the PCA
+
+    def resolve(self, run: RunConfig) -> None:
+        """Names the evaluator after its data."""
+        source = type(self.data.source).__name__.removesuffix("Config").lower()
+        self.name = self.name or f"{source}-{self.data.resolution}-{self.data.split}"
+
+    def problems(self) -> list[str]:
+        """All problems of these values, each with its mend."""
+        found = []
+        for name in ("n", "batch"):
+            if getattr(self, name) < 1:
+                found.append(f"evals: {name} = {getattr(self, name)} of {self.name}; at least 1")
+        return found
+
+    def due(self, step: int, last: int) -> bool:
+        """Whether it runs after `step` of `last` steps."""
+        if step == last:
+            return self.at_end
+        if step == 0:
+            return self.at_start
+        return self.every > 0 and step % self.every == 0
+
+    def build(self, run: RunConfig, task: Task, mesh: Mesh) -> "Reconstruct":
+        """The evaluator."""
+        return Reconstruct(self, run, task, mesh)
+
+
+class Reconstruct:
+    """Runs the task's `predict` over fixed images; sums are masked, so n images count as n."""
+
+    def __init__(self, cfg: ReconstructConfig, run: RunConfig, task: Task, mesh: Mesh):
+        self.cfg, self.run_cfg, self.task, self.mesh = cfg, run, task, mesh
+        rows = mesh.shape["data"] * mesh.shape["fsdp"]
+        self.batch = -(-cfg.batch // rows) * rows  # divisible by the devices; padding is masked
+        self._score = jax.jit(self._scores, out_shardings=sharding.replicated(mesh))
+
+    def run(self, state: TrainState, constants: Tree, poll: Callable[[], None]) -> Report:
+        """Scores and the grid; `poll` is called once per batch (it raises when preempted)."""
+        variables = self._variables(state, constants)
+        total: dict[str, float] = {}
+        shown: list[tuple[Image, Image, str]] = []
+        for batch in self._batches(self.cfg.data, self.cfg.n):
+            sums, head = jax.device_get(self._score(variables, batch))
+            total = {k: total.get(k, 0.0) + float(v) for k, v in sums.items()}
+            room = min(self.cfg.pictures - len(shown), int(sums["count"]))
+            shown += _labelled(head, room, "held-out")
+            poll()
+        shown += self._training(variables)
+        grid = pictures.reconstruction_grid(
+            np.stack([x for x, _, _ in shown]), np.stack([y for _, y, _ in shown]),
+            [label for _, _, label in shown],
+            caption=f"{self.cfg.name}, step {int(jax.device_get(state.step))}",
+        )  # fmt: skip
+        return Report(summarise(total), {self.cfg.name: grid})
+
+    def _training(self, variables: Variables) -> list[tuple[Image, Image, str]]:
+        count = self.cfg.training_pictures
+        if not count:
+            return []
+        (batch, *_) = self._batches(self._training_data(), count)
+        _, head = jax.device_get(self._score(variables, batch))
+        return _labelled(head, min(count, len(head["output"])), "training")
+
+    def baselines(self) -> dict[str, dict[str, float]]:
+        """Closed-form baselines on the same pixels: bicubic down/up and PCA of equal rate."""
+        model, cfg = self.run_cfg.task.model, self.cfg
+        test = _images(cfg.data, cfg.batch, cfg.n)
+        blocks = baselines.to_blocks(
+            _images(self._training_data(), cfg.batch, cfg.pca_images), model.factor
+        )
+        outputs = {f"bicubic-{model.factor}": baselines.bicubic(test, model.factor)}
+        best = baselines.fit_pca(blocks, max(3, model.latent_channels))
+        for k in dict.fromkeys((3, model.latent_channels)):
+            pca = best.first(k)
+            outputs[f"pca-{k}"] = baselines.reconstruct(pca, test, model.factor)
+        mask = np.ones(len(test), np.float32)
+        return {name: summarise(_sums(test, out, mask)) for name, out in outputs.items()}
+
+    def _training_data(self) -> DataConfig:
+        data = copy.deepcopy(self.cfg.data)
+        data.split = self.run_cfg.data.split
+        return data
+
+    def _variables(self, state: TrainState, constants: Tree) -> Variables:
+        decays = self.run_cfg.ema.decays
+        if self.cfg.weights is InitWeights.ema and decays:
+            average = state.ema[ema_name(decays[0])]
+            return Variables(average["params"], average["stats"], constants)
+        return Variables(state.params, state.stats, constants)
+
+    def _batches(self, data: DataConfig, n: int) -> Iterator[dict[str, Array]]:
+        shard = pipeline.Shard(*sharding.row_shard(self.mesh))
+        with pipeline.eval_batches(data, batch=self.batch, n=n, shard=shard) as batches:
+            for local in batches:
+                wanted = {k: local[k] for k in ("image", "mask")}
+                yield sharding.put_batch(wanted, self.mesh)
+
+    def _scores(
+        self, variables: Variables, batch: dict[str, Array]
+    ) -> tuple[dict[str, Array], dict[str, Array]]:
+        output = metrics.to_uint8(self.task.predict(variables, batch))
+        head = {
+            "original": batch["image"][: self.cfg.pictures],
+            "output": output[: self.cfg.pictures],
+        }
+        return _sums(batch["image"], output, batch["mask"]), head
+
+
+def _images(data: DataConfig, batch: int, n: int) -> UInt8[np.ndarray, "n h w 3"]:
+    with pipeline.eval_batches(data, batch=batch, n=n) as batches:
+        return np.concatenate([b["image"][b["mask"] > 0] for b in batches])
+
+
+def _labelled(head: dict[str, Any], count: int, label: str) -> list[tuple[Image, Image, str]]:
+    pairs = zip(head["original"], head["output"], strict=True)
+    return [(x, y, label) for x, y in itertools.islice(pairs, max(count, 0))]
+
+
+def _sums(original: Pixels, output: Pixels, mask: Any) -> dict[str, Array]:
+    """Masked sums over the batch of the scores of each image."""
+    original, output, mask = (jnp.asarray(x) for x in (original, output, mask))
+    mse = metrics.mse(original, output)
+    scores = {
+        "mse": mse,
+        "psnr": metrics.psnr(original, output),
+        "ssim": metrics.ssim(original, output),
+        "count": jnp.ones_like(mse),
+    }
+    return {k: jnp.sum(jnp.where(mask > 0, v, 0.0)) for k, v in scores.items()}
+
+
+def summarise(total: dict[str, Any]) -> dict[str, float]:
+    """Means from sums: PSNR per image and over the pooled MSE, SSIM, and the number of images."""
+    n = float(total["count"])
+    return {
+        "psnr": float(total["psnr"]) / n,
+        "psnr_pooled": metrics.pooled_psnr(float(total["mse"]), n),
+        "ssim": float(total["ssim"]) / n,
+        "n": n,
+    }

@@ -1,0 +1,255 @@
+"""The report: one self-contained HTML file about one run or about all phases of a run.
+
+Curves are inline SVG, pictures are embedded, nothing is fetched.  What a report reads of a workdir
+is written down in phases.py.
+"""
+
+import base64
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from etils import epath
+
+from dcae_jax.report import curves, phases, progress, writers
+from dcae_jax.report.phases import Phase, Table
+
+_PICTURE_BYTES = 3_000_000  # of all pictures together; base64 makes 4 MB of them
+_OTHER_PANELS = 24  # small panels of the remaining training scalars, at most
+
+
+def build_report(
+    workdirs: Sequence[writers.Path] | writers.Path, out: writers.Path | None = None
+) -> epath.Path:
+    """Writes the report of workdirs (or of a folder with phase1..phase3) and returns its path.
+
+    `out` defaults to report.html in the folder given, or in the last workdir of several.  The file
+    stays below 5 MB: pictures that are too large are embedded as JPEG and say so.
+    """
+    found = phases.load_phases(workdirs)
+    several = isinstance(workdirs, Sequence) and not isinstance(workdirs, str)
+    folder = found[-1].workdir if several else epath.Path(workdirs)
+    target = epath.Path(out) if out is not None else folder / "report.html"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(render(found))
+    return target
+
+
+def render(found: Sequence[Phase]) -> str:
+    """The page as text."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    source = epath.resource_path("dcae_jax") / "report" / "template.html"
+    return environment.from_string(source.read_text()).render(**_page(found))
+
+
+def _page(found: Sequence[Phase]) -> dict[str, Any]:
+    """Every value that the template shows."""
+    return {
+        "title": _title(found),
+        "phases": found,
+        "facts": _run_facts(found),
+        "phase_table": phases.phase_table(found),
+        "quality": _quality(found),
+        "findings": phases.findings(found),
+        "panels": [_markup(curves.svg(p, found)) for p in curves.panels(found)],
+        "others": _others(found),
+        "galleries": _galleries(found),
+        "without_pictures": _without_pictures(found),
+        "built_in_photos": any(n.startswith("photos") for n in phases.evaluators(found)),
+        "differences": config_differences(found),
+        "configs": [(p.name, json.dumps(_tree(p), indent=2)) for p in found if p.config],
+        "versions": _versions(found),
+    }
+
+
+def _markup(svg: str) -> Any:
+    """Marks our own SVG as markup; everything else on the page is escaped."""
+    import markupsafe
+
+    return markupsafe.Markup(svg)
+
+
+def _others(found: Sequence[Phase]) -> list[Any]:
+    panels = curves.other_panels(found)[:_OTHER_PANELS]
+    return [_markup(curves.svg(panel, found, width=3.9, height=2.2)) for panel in panels]
+
+
+# ---------------------------------------------------------------------------- facts
+
+
+def _tree(phase: Phase) -> dict[str, Any]:
+    return phase.config.get("config", {})
+
+
+def _title(found: Sequence[Phase]) -> str:
+    names = [str(_tree(p)["name"]) for p in found if _tree(p).get("name")]
+    return names[0] if names else found[0].workdir.parent.name or str(found[0].workdir)
+
+
+def _run_facts(found: Sequence[Phase]) -> list[tuple[str, str]]:
+    """What ran, where, from which commit, for how long."""
+    states = ", ".join(f"{phase.name} {phase.state}" for phase in found)
+    seconds = [float(p.summary["seconds"]) for p in found if "seconds" in p.summary]
+    facts = [("phases", states)]
+    for name in ("device", "commit"):
+        values = sorted({str(p.config[name]) for p in found if p.config.get(name)})
+        facts.append((name, ", ".join(values) or "not recorded"))
+    times = [row["time"] for phase in found for row in phase.rows]
+    facts.append(("time", progress.duration(sum(seconds)) if seconds else "not recorded"))
+    facts.append(("last record", _date(max(times)) if times else "none"))
+    return facts
+
+
+def _date(timestamp: float | int) -> str:
+    import datetime
+
+    return f"{datetime.datetime.fromtimestamp(timestamp, datetime.UTC):%Y-%m-%d %H:%M} UTC"
+
+
+def _versions(found: Sequence[Phase]) -> list[tuple[str, str]]:
+    """Package versions; where phases differ, all of them."""
+    versions: dict[str, list[str]] = {}
+    for phase in found:
+        for name, version in phase.config.get("versions", {}).items():
+            if str(version) not in versions.setdefault(name, []):
+                versions[name].append(str(version))
+    return [(name, ", ".join(found)) for name, found in sorted(versions.items())]
+
+
+def _quality(found: Sequence[Phase]) -> list[tuple[str, str, Table]]:
+    """(evaluator, what it is, table) of every evaluator with numbers."""
+    names = [name for name in phases.evaluators(found) if phases.scores_exist(found, name)]
+    return [(name, phases.describe(name), phases.quality_table(found, name)) for name in names]
+
+
+def config_differences(found: Sequence[Phase]) -> Table | None:
+    """The config fields in which phases differ; None with fewer than two configs."""
+    flat = {phase.name: _flat(_tree(phase)) for phase in found if phase.config}
+    if len(flat) < 2:
+        return None
+    fields = sorted({name for values in flat.values() for name in values})
+    rows = []
+    for name in fields:
+        cells = [json.dumps(values[name]) if name in values else "–" for values in flat.values()]
+        if len(set(cells)) > 1:
+            rows.append([name, *cells])
+    return Table(["field", *flat], rows)
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """{"a.b.c": value} of nested dicts and lists."""
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree)
+    flat: dict[str, Any] = {}
+    for key, value in items:
+        name = f"{prefix}.{key}" if prefix else str(key)
+        nested = isinstance(value, dict) or (
+            isinstance(value, list) and any(isinstance(item, dict) for item in value)
+        )
+        flat |= _flat(value, name) if nested else {name: value}
+    return flat
+
+
+# ---------------------------------------------------------------------------- pictures
+
+
+@dataclass(slots=True)
+class Picture:
+    """One embedded picture with what stands below it."""
+
+    caption: str
+    note: str
+    uri: str
+
+
+@dataclass(slots=True)
+class Gallery:
+    """The pictures of one evaluator: before training, and after each phase."""
+
+    name: str
+    what: str
+    pictures: list[Picture]
+    missing: str  # a sentence about phases without a picture, or ""
+
+
+def _without_pictures(found: Sequence[Phase]) -> list[str]:
+    """Evaluators that measured something and drew nothing."""
+    drawn = {name for phase in found for name in phase.images}
+    return [name for name in phases.evaluators(found) if name not in drawn]
+
+
+def _galleries(found: Sequence[Phase]) -> list[Gallery]:
+    names = [name for name in phases.evaluators(found) if name not in _without_pictures(found)]
+    chosen = {name: _chosen(found, name) for name in names}
+    count = max(sum(len(pictures) for pictures in chosen.values()), 1)
+    galleries = []
+    for name in names:
+        pictures = [_embedded(*choice, _PICTURE_BYTES // count) for choice in chosen[name]]
+        missing = [p.name for p in found if not p.images.get(name)]
+        sentence = f"No picture was recorded by {', '.join(missing)}." if missing else ""
+        galleries.append(Gallery(name, phases.describe(name), pictures, sentence))
+    return galleries
+
+
+def _chosen(found: Sequence[Phase], name: str) -> list[tuple[str, str, epath.Path]]:
+    """(caption, scores, path): the first phase's first picture, then each phase's last one."""
+    chosen = []
+    for phase in found:
+        steps = list(phase.images.get(name, {}))
+        first = [] if chosen else steps[:1]
+        for step in dict.fromkeys([*first, *steps[-1:]]):
+            path = phase.images[name][step]
+            chosen.append((_picture_caption(phase, step), _picture_scores(phase, name, step), path))
+    return chosen
+
+
+def _picture_caption(phase: Phase, step: int) -> str:
+    if step == 0:
+        return f"before {phase.name}"
+    finished = phase.finished and step >= phase.steps
+    return f"{'after' if finished else 'during'} {phase.name}, step {step}"
+
+
+def _picture_scores(phase: Phase, name: str, step: int) -> str:
+    """The scores that were recorded with the picture."""
+    row = next((row for row in phase.rows if row["step"] == step), {})
+    parts = [
+        f"{phases.metric_name(metric)} {phases.score(metric, row[f'{name}/{metric}'])}"
+        for metric in phases.METRICS
+        if f"{name}/{metric}" in row
+    ]
+    return ", ".join(parts)
+
+
+def _embedded(caption: str, scores: str, path: epath.Path, budget: int) -> Picture:
+    """The file itself where it is small enough, else a JPEG, made smaller until it fits."""
+    data = path.read_bytes()
+    if len(data) <= budget:
+        return Picture(caption, scores, _uri("png", data))
+    data, size = _as_jpeg(data, budget)
+    note = f"{scores}{'; ' if scores else ''}shown as JPEG, {size}; lossless: {path.name}"
+    return Picture(caption, note, _uri("jpeg", data))
+
+
+def _uri(kind: str, data: bytes) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def _as_jpeg(png: bytes, budget: int) -> tuple[bytes, str]:
+    """(JPEG bytes within the budget, "full size" or its share of the width)."""
+    from PIL import Image
+
+    original = Image.open(io.BytesIO(png)).convert("RGB")
+    for scale in (1.0, 0.75, 0.5, 0.35, 0.25, 0.15, 0.1):
+        size = (max(round(original.width * scale), 1), max(round(original.height * scale), 1))
+        image = original if scale == 1.0 else original.resize(size, Image.Resampling.LANCZOS)
+        buffer = io.BytesIO()
+        image.save(buffer, format="JPEG", quality=92, subsampling=0)
+        if buffer.tell() <= budget:
+            break
+    return buffer.getvalue(), "full size" if scale == 1.0 else f"{scale:.0%} of its width"

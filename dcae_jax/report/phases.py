@@ -1,0 +1,394 @@
+"""Reads what runs left in their workdirs, and makes the tables of a report.
+
+Of a workdir it reads (each may be missing; what is missing is said, never invented):
+  config.json    {"config": tree, "commit": str, "versions": {name: str}, "device": str, ...}
+  metrics/       writers.read_metrics: "train/..." rows, "<evaluator>/psnr|psnr_pooled|ssim" rows
+  images/        writers.read_images: <evaluator>/<step>.png
+  summary.json   {"phase", "resolution", "trained", "n_trained", "n_frozen", "steps", "seconds",
+                  "train_seconds", "images_per_s", "data_wait",
+                  "evals": {"before": {evaluator: {metric: value}}, "after": ...},
+                  "baselines": {evaluator: {"bicubic-32" | "pca-3" | ...: {metric: value}}}}
+An evaluator's name holds its data, resolution and split: "photos-128-test".
+"""
+
+import json
+import re
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from etils import epath
+
+from dcae_jax.errors import UserError
+from dcae_jax.report import progress, writers
+
+PHASES = ("phase1", "phase2", "phase3")  # folders of a three-phase run
+METRICS = ("psnr_pooled", "psnr", "ssim")  # shown first, in this order
+_METRIC_NAMES = {"psnr_pooled": "PSNR pooled", "psnr": "PSNR mean", "ssim": "SSIM"}
+_EVAL_KEY = re.compile(r"(?P<evaluator>.+)/(psnr|psnr_pooled|ssim)$")
+Number = float | int
+Scores = dict[str, dict[str, Number]]  # {evaluator or baseline: {metric: value}}
+
+
+@dataclass(slots=True)
+class Phase:
+    """One workdir as a report sees it."""
+
+    name: str
+    workdir: epath.Path
+    config: dict[str, Any] = field(default_factory=dict)  # config.json, whole
+    summary: dict[str, Any] = field(default_factory=dict)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    images: dict[str, dict[int, epath.Path]] = field(default_factory=dict)
+
+    @property
+    def ran(self) -> bool:
+        return bool(self.rows or self.summary)
+
+    @property
+    def finished(self) -> bool:
+        return bool(self.summary)
+
+    @property
+    def steps(self) -> int:
+        """Steps done, as far as the files tell."""
+        last = self.rows[-1]["step"] if self.rows else 0
+        return int(self.summary.get("steps", last))
+
+    @property
+    def state(self) -> str:
+        if self.finished:
+            return "finished"
+        return f"not finished, seen up to step {self.steps}" if self.ran else "not yet run"
+
+
+def load_phases(workdirs: Sequence[writers.Path] | writers.Path) -> list[Phase]:
+    """The phases of several workdirs, of a folder with phase1..phase3, or of one workdir."""
+    if isinstance(workdirs, Sequence) and not isinstance(workdirs, str):
+        return [_load(epath.Path(workdir)) for workdir in workdirs]
+    root = epath.Path(workdirs)
+    if _is_workdir(root):
+        return [_load(root)]
+    if any(_is_workdir(root / name) for name in PHASES):
+        return [_load(root / name) for name in PHASES]
+    found = [path for path in sorted(root.iterdir()) if _is_workdir(path)] if root.exists() else []
+    if not found:
+        raise UserError(
+            f"{root} is no workdir: expected config.json or metrics/ in it, or folders "
+            f"{', '.join(PHASES)} with them; give the folder that --workdir named in training"
+        )
+    return [_load(path) for path in found]
+
+
+def _is_workdir(path: epath.Path) -> bool:
+    return any((path / name).exists() for name in ("config.json", "metrics", "summary.json"))
+
+
+def _load(workdir: epath.Path) -> Phase:
+    phase = Phase(workdir.name, workdir)
+    phase.config = _read_json(workdir / "config.json")
+    phase.summary = _read_json(workdir / "summary.json")
+    phase.rows = writers.read_metrics(workdir)
+    phase.images = writers.read_images(workdir)
+    phase.name = str(phase.summary.get("phase") or workdir.name)
+    return phase
+
+
+def _read_json(path: epath.Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{path} is not JSON ({error}): it was cut short or edited; run the phase again to its "
+            "end (it resumes), or remove this file to make a report without it"
+        ) from None
+
+
+# ---------------------------------------------------------------------------- scores
+
+
+def scores(phase: Phase, when: str) -> Scores:
+    """Scores `before` or `after` a phase: the summary's, else of step 0 or of the last one."""
+    stored = phase.summary.get("evals", {}).get(when)
+    if stored:
+        return stored
+    found: Scores = {}
+    for row in phase.rows:
+        for key, value in row.items() if when == "after" or row["step"] == 0 else ():
+            if (match := _EVAL_KEY.match(key)) and match["evaluator"] != "train":
+                found.setdefault(match["evaluator"], {})[key.rsplit("/", 1)[1]] = value
+    return found
+
+
+def evaluators(phases: Sequence[Phase]) -> list[str]:
+    """Names of all evaluators: held-out ones first, by rising resolution."""
+    names: set[str] = set()
+    for phase in phases:
+        names |= scores(phase, "before").keys() | scores(phase, "after").keys()
+        names |= baselines(phases).keys() | {name for name in phase.images if resolution(name)}
+    return sorted(names, key=lambda name: (not is_held_out(name), resolution(name) or 0, name))
+
+
+def resolution(evaluator: str) -> int | None:
+    """Pixels, from the name: photos-128-test -> 128."""
+    match = re.search(r"(?:^|-)(\d+)(?:-|$)", evaluator)
+    return int(match[1]) if match else None
+
+
+def is_held_out(evaluator: str) -> bool:
+    return not evaluator.endswith("train")
+
+
+def describe(evaluator: str) -> str:
+    """`photos-128-test` -> `128 px, held-out`."""
+    size = resolution(evaluator)
+    split = "held-out" if is_held_out(evaluator) else "training crops"
+    return f"{size} px, {split}" if size else f"{evaluator}, {split}"
+
+
+def held_out_range(phases: Sequence[Phase]) -> list[str]:
+    """The held-out evaluators of the lowest and the highest resolution (one or two names)."""
+    names = [name for name in evaluators(phases) if is_held_out(name) and resolution(name)]
+    return list(dict.fromkeys([names[0], names[-1]])) if names else []
+
+
+def baselines(phases: Sequence[Phase]) -> dict[str, Scores]:
+    """{evaluator: {baseline: scores}}; where phases state one twice, the latest counts."""
+    merged: dict[str, Scores] = {}
+    for phase in phases:
+        for evaluator, found in phase.summary.get("baselines", {}).items():
+            merged.setdefault(evaluator, {}).update(found)
+    return merged
+
+
+def baseline_name(name: str) -> str:
+    """`bicubic-32` -> `bicubic 32× down/up`, `pca-3` -> `PCA with 3 components`."""
+    kind, _, count = name.partition("-")
+    if kind == "bicubic" and count:
+        return f"bicubic {count}× down/up"
+    return f"PCA with {count} components" if kind == "pca" and count else name
+
+
+def metric_name(metric: str) -> str:
+    return _METRIC_NAMES.get(metric, metric)
+
+
+def score(metric: str, value: Number | None) -> str:
+    """A number with the digits its metric deserves."""
+    if value is None:
+        return "–"
+    return f"{value:.2f}" if metric.startswith("psnr") else f"{value:.3f}"
+
+
+# ---------------------------------------------------------------------------- tables
+
+
+@dataclass(slots=True)
+class Table:
+    """Cells as text; `rules` are rows before which a line is drawn, `notes` stand below."""
+
+    head: list[str]
+    rows: list[list[str]]
+    rules: list[int] = field(default_factory=list)
+
+
+_FACTS_HEAD = ["phase", "px", "trained", "parameters", "steps", "time", "img/s", "data-wait"]
+
+
+def phase_table(phases: Sequence[Phase]) -> Table:
+    """One row per phase: what was trained, how long, how fast, and what it did to PSNR and SSIM."""
+    names = held_out_range(phases)
+    metrics = [(metric, name) for metric in ("psnr_pooled", "ssim") for name in names]
+    head = _FACTS_HEAD + [f"{metric_name(m)} {resolution(name)} px" for m, name in metrics]
+    rows = []
+    for phase in phases:
+        changes = [_change(phase, metric, name) for metric, name in metrics]
+        rows.append([phase.name, *_facts(phase), *changes])
+    return Table(head, rows)
+
+
+def _facts(phase: Phase) -> list[str]:
+    """Resolution, what is trained, parameters, steps, time, speed, waiting."""
+    if not phase.ran:
+        return ["–", "not yet run", *["–"] * 5]
+    get = phase.summary.get
+    speed = get("images_per_s", _median(phase, "train/images_per_s"))
+    wait = get("data_wait", _median(phase, "train/data_wait"))
+    return [
+        str(get("resolution", "–")),
+        str(get("trained", phase.state)),
+        parameters(get("n_trained"), get("n_frozen")),
+        str(phase.steps),
+        progress.duration(get("seconds")),
+        "n/a" if speed is None else f"{speed:.1f}",
+        progress.share(wait, 1),
+    ]
+
+
+def _median(phase: Phase, name: str) -> Number | None:
+    values = sorted(row[name] for row in phase.rows if row.get(name) is not None)
+    return values[len(values) // 2] if values else None
+
+
+def parameters(trained: int | None, frozen: int | None) -> str:
+    """`0.41 M of 2.70 M`, `2.70 M, all`."""
+    if trained is None:
+        return "–"
+    if not frozen:
+        return f"{_millions(trained)}, all"
+    return f"{_millions(trained)} of {_millions(trained + frozen)}"
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:.2f} M" if count >= 1e5 else f"{count / 1e3:.1f} k"
+
+
+def _change(phase: Phase, metric: str, evaluator: str) -> str:
+    """`21.02 → 24.10`; a side that was not measured is a dash."""
+    before = scores(phase, "before").get(evaluator, {}).get(metric)
+    after = scores(phase, "after").get(evaluator, {}).get(metric)
+    if before is None and after is None:
+        return "–"
+    return f"{score(metric, before)} → {score(metric, after)}"
+
+
+def quality_table(phases: Sequence[Phase], evaluator: str) -> Table:
+    """Baselines, the state before the first phase and the state after each, on the same pixels."""
+    rows_of = [
+        (baseline_name(name), found) for name, found in baselines(phases).get(evaluator, {}).items()
+    ]
+    rules = [len(rows_of)] if rows_of else []
+    if phases and (before := scores(phases[0], "before").get(evaluator)):
+        rows_of.append((f"before {phases[0].name}", before))
+    for phase in phases:
+        label = f"after {phase.name}" if phase.finished or not phase.ran else f"during {phase.name}"
+        rows_of.append((label, scores(phase, "after").get(evaluator, {}) if phase.ran else None))
+    metrics = _metrics_of([found for _, found in rows_of if found])
+    rows = []
+    for label, found in rows_of:
+        cells = [score(m, (found or {}).get(m)) for m in metrics]
+        if found is None:
+            cells[0] = "not yet run"
+        rows.append([label, *cells])
+    return Table(["", *(metric_name(m) for m in metrics)], rows, rules)
+
+
+def _metrics_of(found: Sequence[dict[str, Number]]) -> list[str]:
+    """PSNR and SSIM first, then whatever else was measured, by name."""
+    names = {name for each in found for name in each}
+    return list(METRICS) + sorted(names - set(METRICS))
+
+
+# ---------------------------------------------------------------------------- findings
+
+
+def findings(phases: Sequence[Phase]) -> list[str]:
+    """Sentences that the numbers support: distance to baselines, what each phase did, D's life."""
+    sentences = []
+    for evaluator in held_out_range(phases):
+        sentences += _against_baselines(phases, evaluator)
+    for phase in phases:
+        sentences += _effect(phase, held_out_range(phases)) + _adversary(phase)
+    return sentences
+
+
+def _against_baselines(phases: Sequence[Phase], evaluator: str) -> list[str]:
+    ran = [phase for phase in phases if scores(phase, "after").get(evaluator)]
+    if not ran:
+        return []
+    value = scores(ran[-1], "after")[evaluator].get("psnr_pooled")
+    gaps = [
+        f"{_gap(value - base['psnr_pooled'])} {baseline_name(name)}"
+        for name, base in baselines(phases).get(evaluator, {}).items()
+        if value is not None and base.get("psnr_pooled") is not None
+    ]
+    if not gaps:
+        return []
+    return [
+        f"{describe(evaluator)}: after {ran[-1].name} {value:.2f} dB pooled; {', '.join(gaps)}."
+    ]
+
+
+def _gap(decibel: Number) -> str:
+    return f"{abs(decibel):.2f} dB {'above' if decibel >= 0 else 'below'}"
+
+
+def _effect(phase: Phase, names: Sequence[str]) -> list[str]:
+    """What a phase gained and cost at each resolution."""
+    parts = []
+    for name in names:
+        before = scores(phase, "before").get(name, {}).get("psnr_pooled")
+        after = scores(phase, "after").get(name, {}).get("psnr_pooled")
+        if before is not None and after is not None:
+            parts.append(f"{after - before:+.2f} dB at {resolution(name)} px")
+    return [f"{phase.name}: {', '.join(parts)} (held-out, pooled)."] if parts else []
+
+
+def adversarial_keys(phase: Phase) -> dict[str, str]:
+    """{what: row key} of the two numbers that show that D and its pull on the decoder are alive."""
+    keys = sorted({key for row in phase.rows for key in row})
+    patterns = {"adaptive weight": r"adaptive_weight$", "D's update norm": r"disc.update_norm$"}
+    found = {}
+    for what, pattern in patterns.items():
+        matches = [key for key in keys if re.search(pattern, key)]
+        if matches:
+            found[what] = matches[0]
+    return found
+
+
+def _adversary(phase: Phase) -> list[str]:
+    sentences = []
+    for what, key in adversarial_keys(phase).items():
+        values = [row[key] for row in phase.rows if key in row]
+        alive = sum(value > 0 for value in values) / len(values)
+        sentences.append(f"{phase.name}: {what} above zero in {alive:.0%} of the logged steps.")
+    return sentences
+
+
+# ---------------------------------------------------------------------------- the console
+
+
+def end_table(workdirs: Sequence[writers.Path] | writers.Path) -> str:
+    """The end of a run as text: phases, held-out quality beside the baselines, findings."""
+    phases = load_phases(workdirs)
+    names = [name for name in evaluators(phases) if scores_exist(phases, name)]
+    parts = [as_text(Table(_FACTS_HEAD, [[p.name, *_shortened(_facts(p))] for p in phases]))]
+    for name in names:
+        title = f"{name} ({describe(name)}); PSNR in dB"
+        parts.append(f"{title}\n{as_text(quality_table(phases, name))}")
+    if sentences := findings(phases):
+        parts.append("\n".join(sentences))
+    return "\n\n".join(parts)
+
+
+def _shortened(facts: list[str]) -> list[str]:
+    """With the description of what was trained cut to the width that a console has."""
+    return [facts[0], textwrap.shorten(facts[1], 36, placeholder=" ..."), *facts[2:]]
+
+
+def scores_exist(phases: Sequence[Phase], evaluator: str) -> bool:
+    """Whether any number was measured by this evaluator."""
+    measured = any(scores(p, when).get(evaluator) for p in phases for when in ("before", "after"))
+    return measured or evaluator in baselines(phases)
+
+
+def as_text(table: Table) -> str:
+    """Columns aligned with spaces: the first to the left, the others to the right."""
+    lines = [table.head, *table.rows]
+    widths = [max(len(row[j]) for row in lines) for j in range(len(table.head))]
+    rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
+    text = [_aligned(table.head, widths), rule]
+    for number, row in enumerate(table.rows):
+        if number in table.rules:
+            text.append(rule)
+        text.append(_aligned(row, widths))
+    return "\n".join(text)
+
+
+def _aligned(row: Sequence[str], widths: Sequence[int]) -> str:
+    cells = [row[0].ljust(widths[0])]
+    cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+    return "  ".join(cells).rstrip()

@@ -1,0 +1,107 @@
+"""What trains: a Task.  DC-AE phases, diffusion and masked models differ in nothing else."""
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from dcae_jax.config import OptimConfig
+from dcae_jax.tree import Tree
+
+Metrics = dict[str, Float[Array, ""]]
+Batch = dict[str, Array]
+
+
+class Variables(NamedTuple):
+    """Everything a network is applied with."""
+
+    params: Tree
+    stats: Tree  # running statistics (BatchNorm, LeCam anchors); {} for most models
+    constants: Tree  # frozen networks that are not part of the run's state, e.g. LPIPS
+
+
+class Inputs(NamedTuple):
+    """A prepared batch: every random draw is already in it."""
+
+    examples: Tree  # leaves with a leading batch axis; a microbatch is a part of it
+    shared: Tree  # what couples examples: denominators, schedules, the step
+
+
+class Loss(NamedTuple):
+    """What one objective computes on one microbatch.
+
+    Terms and metrics are *contributions*: summed over the microbatches they are the value of the
+    whole batch, so accumulation changes memory and never numbers.
+    """
+
+    terms: dict[str, Float[Array, ""]]  # differentiated apart, joined by Objective.combine
+    metrics: Metrics
+    stats: Tree  # new running statistics (averaged over microbatches)
+    carry: Any  # handed to the next objective, gradients stopped
+
+
+def add_terms(grads: dict[str, Tree], step: Int[Array, ""]) -> tuple[Tree, Metrics]:
+    """The gradient of an objective with a single loss term."""
+    (only,) = grads.values()
+    return only, {}
+
+
+@dataclass(frozen=True)
+class Objective:
+    """One player: a loss, the parameters it moves, and their optimizer."""
+
+    name: str
+    loss: Callable[[Variables, Inputs, Any], Loss]
+    trainable: str  # regex that must match whole parameter paths
+    optim: OptimConfig
+    # accumulated gradients per term, step -> one gradient and metrics; once per optimizer step
+    combine: Callable[[dict[str, Tree], Int[Array, ""]], tuple[Tree, Metrics]] = add_terms
+
+
+class Task(Protocol):
+    """The only thing that differs between phases, diffusion and masking."""
+
+    objectives: tuple[Objective, ...]  # in the order in which they are evaluated
+
+    def init(self, key: PRNGKeyArray) -> tuple[Tree, Tree]:
+        """(params, stats), e.g. params {"ae": ..., "disc": ...}; fp32."""
+        ...
+
+    def constants(self) -> Tree:
+        """Frozen networks, loaded from their files."""
+        ...
+
+    def abstract_constants(self) -> Tree:
+        """Shapes of `constants`, without the files."""
+        ...
+
+    def shapes(self, spatial: int) -> list[str]:
+        """Lines for --dry_run: resolutions, widths, tokens; stages `spatial` cannot split."""
+        ...
+
+    def static(self, step: int) -> Hashable:
+        """What the compiled step depends on; () for most, the length bucket for masking."""
+        ...
+
+    def prepare(
+        self, key: PRNGKeyArray, batch: Batch, step: Int[Array, ""], static: Hashable
+    ) -> Inputs:
+        """Every random draw of the step, on the global batch."""
+        ...
+
+    def predict(self, variables: Variables, batch: Batch) -> Array:
+        """What evaluators and commands use, e.g. the reconstruction in [-1, 1]."""
+        ...
+
+    def describe(self) -> list[str]:
+        """Lines printed at start: what is trained, at which size, with which losses."""
+        ...
+
+    def summary(self) -> dict[str, Any]:
+        """What the report's table says of the run."""
+        ...
+
+    def warnings(self, metrics: dict[str, float]) -> list[str]:
+        """Sentences about training dynamics that a user should know, from one metrics row."""
+        ...

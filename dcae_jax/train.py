@@ -1,0 +1,439 @@
+"""The loop: the one file that knows the order of things.  Read `train` and `_loop` top to bottom.
+
+Resume, logging, evaluation, checkpoints and preemption are visible here; there are no callbacks.
+"""
+
+import math
+import os
+import time
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from etils import epath
+from jax.sharding import Mesh
+
+from dcae_jax import checkpoint, distributed, optim, provenance, rng, sharding, step, tree
+from dcae_jax.config import InitWeights, NonFinite, RunConfig
+from dcae_jax.data import pipeline
+from dcae_jax.errors import UserError
+from dcae_jax.report import flops, html, phases, progress, writers
+from dcae_jax.step import TrainState
+from dcae_jax.tasks.base import Metrics, Task
+from dcae_jax.tree import Tree
+
+DONE, FAILED = 0, 1
+
+
+@dataclass
+class Run:
+    """What the loop works with; made once by `_start`."""
+
+    cfg: RunConfig
+    workdir: epath.Path
+    mesh: Mesh
+    task: Task
+    state: TrainState
+    shardings: TrainState
+    constants: Tree
+    checkpoints: checkpoint.Checkpoints
+    preemption: distributed.Preemption
+    writers: list[writers.Writer]
+    clock: progress.Clock
+    evaluators: dict[str, Any]
+    batches: pipeline.BatchIterator
+    evaluated_at: int = -1  # steps after which the evaluators last ran to the end
+    saved_at: float = field(default_factory=time.monotonic)
+    scores: dict[str, float] = field(default_factory=dict)  # of the last evaluation
+    bad_steps: int = 0  # non-finite ones in a row
+
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return int(jax.device_get(self.state.step))
+
+
+def train(
+    cfg: RunConfig, workdir: str, preemption: distributed.Preemption, force: bool = False
+) -> int:
+    """Trains a resolved, valid config in `workdir`, resuming what is there; returns the exit code.
+
+    0: done.  1: stopped by a non-finite loss (the last good state is saved).  42: preempted, saved.
+    """
+    path = epath.Path(workdir)
+    mesh = sharding.make_mesh(cfg.mesh)
+    with jax.set_mesh(mesh), provenance.lock(path):
+        if provenance.is_finished(path, cfg, force):
+            say(f"{path}: already finished; nothing to do (summary.json is there)")
+            return DONE
+        run = _start(cfg, path, mesh, preemption, force)
+        try:
+            code = _loop(run)
+        except distributed.Preempted:
+            _save(run, wait=True)
+            say(f"preempted: saved step {run.step()}; the same command resumes")
+            code = distributed.EXIT_PREEMPTED
+        finally:
+            _close(run)
+    return code
+
+
+def say(text: str) -> None:
+    """Prints on the main process."""
+    if distributed.is_main():
+        progress.say(text)
+
+
+def evaluate(
+    cfg: RunConfig, workdir: str, preemption: distributed.Preemption, force: bool = False
+) -> int:
+    """Runs every evaluator of the config on the newest checkpoint of `workdir`."""
+    path = epath.Path(workdir)
+    if not (path / "checkpoints").exists():
+        raise UserError(f"{path} has no checkpoints; train first, or give the workdir of a run")
+    mesh = sharding.make_mesh(cfg.mesh)
+    with jax.set_mesh(mesh), provenance.lock(path):
+        run = _start(cfg, path, mesh, preemption, force)
+        try:
+            _evaluate(run, run.step(), every=True)
+        finally:
+            _close(run)
+    return DONE
+
+
+# ------------------------------------------------------------------------------------------ start
+
+
+def _start(
+    cfg: RunConfig, workdir: epath.Path, mesh: Mesh, preemption: distributed.Preemption, force: bool
+) -> Run:
+    """Opens data and workdir, finds the weights, prints what is about to happen."""
+    provenance.check_and_write(workdir, cfg, force, say)
+    task = cfg.task.build(cfg)
+    for line in task.describe():
+        say(line)
+    constants = jax.device_put(task.constants(), sharding.replicated(mesh))
+    checkpoints = checkpoint.Checkpoints(workdir, cfg.checkpoint)
+    state, shardings, meta = _weights(cfg, workdir, mesh, task, checkpoints)
+    first = int(jax.device_get(state.step))
+    for line in describe_optimizers(task, state.params):
+        say(line)
+    run = Run(
+        cfg=cfg, workdir=workdir, mesh=mesh, task=task, state=state, shardings=shardings,
+        constants=constants,
+        checkpoints=checkpoints, preemption=preemption,
+        writers=_writers(cfg, workdir, first),
+        clock=progress.Clock(
+            cfg.batch, first, devices=mesh.size, cores=os.cpu_count() or 1,
+            carried=meta["clock"] if meta else {},
+        ),
+        evaluators={e.name: e.build(cfg, task, mesh) for e in cfg.evals},
+        batches=pipeline.batches(
+            cfg.data, batch=cfg.batch, seed=cfg.seed, start_step=first,
+            shard=pipeline.Shard(*sharding.row_shard(mesh)),
+        ),
+    )  # fmt: skip
+    if meta:
+        run.scores, run.evaluated_at = meta["scores"], meta["evaluated_at"]
+    else:
+        _save(run, wait=True)  # from now on there is always something to resume from
+    return run
+
+
+def _writers(cfg: RunConfig, workdir: epath.Path, first: int) -> list[writers.Writer]:
+    if not distributed.is_main():
+        return []
+    return writers.make_writers(
+        workdir, first, tensorboard=cfg.report.tensorboard, wandb_project=cfg.report.wandb_project
+    )
+
+
+def _weights(
+    cfg: RunConfig, workdir: epath.Path, mesh: Mesh, task: Task, checkpoints: checkpoint.Checkpoints
+) -> tuple[TrainState, TrainState, checkpoint.Meta]:
+    """State, shardings and the checkpoint's meta ({} if none): workdir -> init_from -> scratch."""
+    key = rng.key(cfg.seed, 0, "init")
+
+    def fresh() -> TrainState:
+        return step.init_state(task, cfg, key)
+
+    abstract = jax.eval_shape(fresh)
+    shardings = sharding.state_shardings(abstract, mesh, cfg.mesh)
+    target = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
+    )
+    checkpoint.require_space(workdir, abstract)
+    if found := checkpoints.restore_newest(target):
+        state, meta = found
+        say(f"weights: own workdir, step {meta['step']} of {cfg.steps} (resume)")
+        return state, shardings, meta
+    with progress.working("initialising", enabled=distributed.is_main()):
+        state = jax.jit(fresh, out_shardings=shardings)()
+    if cfg.init_from is None:
+        say("weights: from scratch (no checkpoint in the workdir, init_from not set)")
+        return state, shardings, {}
+    return _init_from(cfg, state, target, shardings), shardings, {}
+
+
+def _init_from(
+    cfg: RunConfig, state: TrainState, target: TrainState, shardings: TrainState
+) -> TrainState:
+    """The fresh state with another run's parameters; says what was taken and what was reset."""
+    targets = {"params": target.params, "stats": target.stats}
+    ema = cfg.init_weights is InitWeights.ema
+    found = checkpoint.load_weights(cfg.init_from, targets, prefer_ema=ema)
+    params, stats = {**state.params, **found.params}, {**state.stats, **found.stats}
+    average = jax.jit(
+        lambda p, s: step.fresh_ema(p, s, cfg.ema), out_shardings=shardings.ema
+    )(params, stats)  # fmt: skip
+    fresh = sorted(state.params.keys() - found.params.keys())
+    say(f"weights: init_from {found.source}: {', '.join(sorted(found.params))}")
+    say(f"  reset: step, optimizer, EMA{', ' + ', '.join(fresh) + ' (new)' if fresh else ''}")
+    return state.replace(params=params, stats=stats, ema=average)
+
+
+def describe_optimizers(task: Task, params: Tree) -> list[str]:
+    """The table of parameter groups: how many, learning rate, weight decay."""
+    lines = ["objective  group                        parameters         lr   weight decay"]
+    for objective in task.objectives:
+        trainable, _ = tree.partition(params, objective.trainable)
+        for name, count, lr, decay in optim.table(objective.optim, trainable):
+            lines.append(f"{objective.name:10s} {name:28s} {count:>10,} {lr:>10.2e} {decay:>14.3g}")
+    return lines
+
+
+# ------------------------------------------------------------------------------------------- loop
+
+
+def _loop(run: Run) -> int:
+    """Trains from the state's step to the end; returns the exit code."""
+    cfg, clock, first = run.cfg, run.clock, run.step()
+    programs = _Programs(run)
+    if run.evaluated_at < first:
+        _evaluate(run, first)  # before the first step, or what a preemption interrupted
+    if first < cfg.steps:
+        programs.get(run.task.static(first))
+    run.preemption.check()
+    device_batches = sharding.Prefetch(run.batches, run.mesh)
+    pending: list[Metrics] = []  # of steps whose metrics are still on the device
+    try:
+        for k in range(first, cfg.steps):
+            with clock.data_wait():
+                batch = next(device_batches)
+            program = programs.get(run.task.static(k))
+            _profile(cfg, run.workdir, k)
+            with jax.transfer_guard("disallow"):
+                run.state, metrics = program(run.state, run.constants, batch)
+            pending.append(metrics)
+            done = k + 1
+            # Step k runs on the device while the host looks at step k - 1.
+            if len(pending) > 1 and not _healthy(run, pending[-2], k - 1):
+                return _stop(run, pending[-2], k - 1)
+            if k % cfg.report.every == 0:
+                _log(run, k, pending[:-1], programs.flops)
+                del pending[:-1]
+            if done < cfg.steps:
+                _evaluate(run, done)
+            if done % cfg.checkpoint.every == 0 and done < cfg.steps:
+                _save(run)
+            run.preemption.check()
+        if pending and not _healthy(run, pending[-1], cfg.steps - 1):
+            return _stop(run, pending[-1], cfg.steps - 1)
+        if pending:
+            _log(run, cfg.steps, pending, programs.flops)
+    finally:
+        device_batches.close()
+    _finish(run)
+    return DONE
+
+
+class _Programs:
+    """The compiled train step for each static key; ahead of time, so nothing can retrace."""
+
+    def __init__(self, run: Run):
+        self._run = run
+        self._compiled: dict[Hashable, Callable[..., Any]] = {}
+        self.flops: float | None = None  # of one step, counted on the jaxpr
+
+    def get(self, static: Hashable) -> Callable[..., Any]:
+        """The executable; compiled at its first use."""
+        if static not in self._compiled:
+            run = self._run
+            with run.clock.pause("compile"), progress.working(
+                "compiling the train step", enabled=distributed.is_main()
+            ):
+                self._compiled[static] = self._compile(static)
+        return self._compiled[static]
+
+    def _compile(self, static: Hashable) -> Callable[..., Any]:
+        run = self._run
+        jitted = step.make_train_step(run.task, run.cfg, static, run.shardings)
+        batch = abstract_batch(run.cfg, run.mesh)
+        traced = jitted.trace(run.state, run.constants, batch)
+        self.flops = flops.count_jaxpr(traced.jaxpr).total
+        return traced.lower().compile()
+
+
+def abstract_batch(cfg: RunConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes, dtypes and shardings of a global batch, without opening the data."""
+    side = cfg.data.resolution
+    shapes = {
+        "image": jax.ShapeDtypeStruct((cfg.batch, side, side, 3), np.uint8),
+        "label": jax.ShapeDtypeStruct((cfg.batch,), np.int32),
+    }
+    placed = sharding.batch_shardings(shapes, mesh)
+    return {
+        k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=placed[k]) for k, v in shapes.items()
+    }
+
+
+def _profile(cfg: RunConfig, workdir: epath.Path, k: int) -> None:
+    at, count = cfg.report.profile_at, cfg.report.profile_steps
+    if at and k == at:
+        jax.profiler.start_trace(os.fspath(workdir / "profile"))
+    if at and k == at + count:
+        jax.profiler.stop_trace()
+
+
+def _healthy(run: Run, metrics: Metrics, k: int) -> bool:
+    """Whether training may go on after step k; waits until that step is done."""
+    if not jax.device_get(metrics["nonfinite"]):
+        run.bad_steps = 0
+        return True
+    run.bad_steps += 1
+    logging.warning("step %d: not finite: %s; its update was left out", k, _bad_names(metrics))
+    limit = run.cfg.nonfinite_limit if run.cfg.nonfinite is NonFinite.skip else 1
+    return run.bad_steps < limit
+
+
+def _bad_names(metrics: Metrics) -> str:
+    values = jax.device_get(metrics)
+    return ", ".join(k for k, v in values.items() if not np.isfinite(v))
+
+
+def _stop(run: Run, metrics: Metrics, k: int) -> int:
+    """A non-finite step: the state does not contain it; save that and say what to try."""
+    _save(run, wait=True)
+    say(
+        f"stopped at step {k}: {_bad_names(metrics)} not finite ({run.bad_steps} in a row). The "
+        f"saved state has no trace of it. Lower optim.lr, set optim.clip_norm, or "
+        f"nonfinite=skip. To look at it: the batch of a step depends on (seed, step) alone."
+    )
+    return FAILED
+
+
+# -------------------------------------------------------------------------------------- reporting
+
+
+def _log(run: Run, done: int, pending: list[Metrics], step_flops: float | None) -> None:
+    """One console line and one row of metrics: means over the interval that ends at step `done`."""
+    if not pending:
+        return
+    rows = jax.device_get(pending)
+    means = {k: float(np.mean([r[k] for r in rows])) for k in rows[0]}
+    interval = run.clock.interval(done)
+    memory = jax.local_devices()[0].memory_stats() or {}
+    speed = interval.images_per_s
+    used, basis = _mfu(run, step_flops, interval)
+    status = progress.Status(
+        step=done, total=run.cfg.steps, loss=means["loss"], images_per_s=speed,
+        devices=run.mesh.size, mfu=used, mfu_basis=basis, data_wait=interval.data_wait,
+        memory_bytes=memory.get("peak_bytes_in_use"),
+        memory_limit_bytes=memory.get("bytes_limit"),
+        eta_s=run.clock.eta(done, run.cfg.steps, _pauses_to_come(run.cfg, done)),
+        checkpoint_age_s=time.monotonic() - run.saved_at,
+    )  # fmt: skip
+    say(progress.ConsoleLine().format(status, means))
+    for warning in run.task.warnings(means):
+        say(f"warning: {warning}")
+    row = {f"train/{k}": v for k, v in means.items()}
+    row |= {"train/images_per_s": speed or math.nan, "train/data_wait": interval.data_wait or 0.0}
+    stats = run.batches.stats()
+    row |= {"data/bad": stats["bad"]}
+    row |= {f"data/rows/{name}": count for name, count in stats["rows_per_source"].items()}
+    _write(run, done, row)
+
+
+def _mfu(
+    run: Run, step_flops: float | None, interval: progress.Interval
+) -> tuple[float | None, str]:
+    """Utilisation and what it is a share of; None on a device whose peak is not known."""
+    peak = flops.peak(run.mesh.devices.flat[0].device_kind)
+    if peak is None or step_flops is None or not interval.steps or not interval.seconds:
+        return None, ""
+    share = flops.mfu(step_flops, interval.seconds / interval.steps, run.mesh.size, peak)
+    return share.datasheet, "FLOPs of the jaxpr / bf16 datasheet peak"
+
+
+def _pauses_to_come(cfg: RunConfig, done: int) -> dict[str, int]:
+    rest = range(done + 1, cfg.steps + 1)
+    return {
+        "eval": sum(any(e.due(k, cfg.steps) for e in cfg.evals) for k in rest),
+        "checkpoint": sum(k % cfg.checkpoint.every == 0 for k in rest),
+    }
+
+
+def _write(run: Run, done: int, scalars: dict[str, float], images: Any = None) -> None:
+    for writer in run.writers:
+        writer.write_scalars(done, scalars)
+        if images:
+            writer.write_images(done, images)
+        writer.flush()
+
+
+def _evaluate(run: Run, done: int, every: bool = False) -> None:
+    """Runs the evaluators that are due after `done` steps (or every one)."""
+    due = [e.name for e in run.cfg.evals if every or e.due(done, run.cfg.steps)]
+    if not due:
+        return
+    jax.block_until_ready(run.state)
+    with run.clock.pause("eval"):
+        for name in due:
+            with progress.working(f"evaluating {name}", enabled=distributed.is_main()):
+                report = run.evaluators[name].run(run.state, run.constants, run.preemption.check)
+            scalars = {f"{name}/{k}": v for k, v in report.scalars.items()}
+            run.scores |= scalars
+            shown = ", ".join(f"{k} {v:.4g}" for k, v in report.scalars.items())
+            say(f"eval after step {done}: {name}: {shown}")
+            _write(run, done, scalars, report.images)
+    run.evaluated_at = done
+
+
+def _save(run: Run, wait: bool = False) -> None:
+    """Starts a checkpoint; the clock's totals go into it."""
+    with run.clock.pause("checkpoint"):
+        meta = provenance.meta(run.cfg) | {
+            "clock": run.clock.totals(), "evaluated_at": run.evaluated_at, "scores": run.scores,
+        }  # fmt: skip
+        run.checkpoints.save(run.state, meta, run.scores)
+        if wait:
+            run.checkpoints.wait()
+    run.saved_at = time.monotonic()
+
+
+def _finish(run: Run) -> None:
+    """Last evaluation, last checkpoint, the summary and the report."""
+    if run.evaluated_at < run.cfg.steps:
+        _evaluate(run, run.cfg.steps)
+    _save(run, wait=True)
+    baselines = {}
+    for name, evaluator in run.evaluators.items():
+        if evaluator.cfg.baselines:
+            with progress.working(f"baselines of {name}", enabled=distributed.is_main()):
+                baselines[name] = evaluator.baselines()
+    if distributed.is_main():
+        totals = run.clock.totals()
+        provenance.write_summary(run.workdir, run.cfg, run.task, totals, baselines)
+        html.build_report([run.workdir], run.workdir / "report.html")
+        say(phases.end_table([run.workdir]))
+        say(f"report: {run.workdir / 'report.html'}")
+
+
+def _close(run: Run) -> None:
+    run.batches.close()
+    for writer in run.writers:
+        writer.close()
+    run.checkpoints.close()
+
