@@ -4,13 +4,18 @@ Running the same command again resumes.  Every field of the config can be overri
 --config.optim.lr=2e-4.  Exit codes: 0 done, 1 failed, 2 wrong usage, 42 preempted and saved.
 """
 
+import signal
 import sys
+import traceback
 
-from absl import app, flags, logging
+_EARLY: list[int] = []  # SIGTERM while the imports, which take seconds, are still going on
+signal.signal(signal.SIGTERM, lambda number, frame: _EARLY.append(number))
 
-from dcae_jax import config as config_lib
-from dcae_jax import flags as config_flag
-from dcae_jax.errors import UserError
+from absl import app, flags, logging  # noqa: E402
+
+from dcae_jax import config as config_lib  # noqa: E402
+from dcae_jax import flags as config_flag  # noqa: E402
+from dcae_jax.errors import UserError  # noqa: E402
 
 _CONFIG = config_flag.define_config()
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run; may be gs://")
@@ -20,29 +25,40 @@ _FORCE = flags.DEFINE_bool("force", False, "resume although the config is that o
 
 
 def main(_: list[str]) -> int:
-    """Resolves and validates the config, joins the processes, runs."""
-    from dcae_jax import backend, distributed
+    """Runs; the exit code of the process."""
+    from dcae_jax import distributed
 
     preemption = distributed.Preemption()
-    preemption.install()
+    preemption.install(_EARLY)
     logging.set_verbosity(logging.WARNING)
     try:
-        cfg = config_lib.resolve(_CONFIG.value)
-        config_lib.validate(cfg)
-        backend.start(cfg)
-        if _DRY_RUN.value:
-            from dcae_jax import inspect
-
-            return inspect.dry_run(cfg)
-        if not _WORKDIR.value:
-            raise UserError("no --workdir; give the folder of the run, e.g. --workdir=runs/demo")
-        from dcae_jax import train
-
-        run = train.train if _MODE.value == "train" else train.evaluate
-        return run(cfg, _WORKDIR.value, preemption, force=_FORCE.value)
+        return _run(preemption)
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
-        return 2
+        return distributed.leave(2)
+    except Exception:
+        traceback.print_exc()
+        return distributed.leave(1)
+
+
+def _run(preemption: "distributed.Preemption") -> int:
+    """Resolves and validates the config, joins the processes, trains or evaluates."""
+    from dcae_jax import backend
+
+    cfg = config_lib.resolve(_CONFIG.value)
+    config_lib.validate(cfg)
+    if not (_DRY_RUN.value or _WORKDIR.value):
+        raise UserError("no --workdir; give the folder of the run, e.g. --workdir=runs/demo")
+    backend.start(cfg)
+    preemption.hand_over()
+    if _DRY_RUN.value:
+        from dcae_jax import inspect
+
+        return inspect.dry_run(cfg)
+    from dcae_jax import train
+
+    run = train.train if _MODE.value == "train" else train.evaluate
+    return run(cfg, _WORKDIR.value, preemption, force=_FORCE.value)
 
 
 if __name__ == "__main__":

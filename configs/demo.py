@@ -13,8 +13,7 @@ Stated by the paper: what a phase trains (the exact layers are not), L1, the Pat
 Chosen here: all else.  LPIPS is off, since its weights need a network: see `import-net lpips`.
 """
 
-from dcae_jax.models.discriminator import PatchGANConfig
-
+from dcae_jax import recipes
 from dcae_jax.config import (
     CheckpointConfig,
     EmaConfig,
@@ -25,9 +24,9 @@ from dcae_jax.config import (
 )
 from dcae_jax.data.pipeline import DataConfig, Transform
 from dcae_jax.data.sources import PhotosConfig
-from dcae_jax.errors import UserError
 from dcae_jax.evals.reconstruct import ReconstructConfig
 from dcae_jax.models import dcae
+from dcae_jax.models.discriminator import PatchGANConfig
 from dcae_jax.models.layers import Dtype
 from dcae_jax.tasks.autoencode import AdversarialConfig, AutoencodeConfig, LossConfig, Phase
 
@@ -36,10 +35,7 @@ LOW, HIGH = 128, 256
 
 def get_config(arg: str = "phase1") -> RunConfig:
     """The run of one phase: phase1, phase2 or phase3."""
-    phases = {"phase1": phase1, "phase2": phase2, "phase3": phase3}
-    if arg not in phases:
-        raise UserError(f"unknown phase {arg!r}; configs/demo.py has {', '.join(phases)}")
-    return phases[arg]()
+    return [phase1, phase2, phase3][recipes.choose(arg) - 1]()
 
 
 def phase1() -> RunConfig:
@@ -61,7 +57,7 @@ def phase2() -> RunConfig:
     cfg = common(HIGH)
     cfg.name, cfg.steps, cfg.batch = "demo phase 2", 120, 4
     cfg.task.phase = Phase.high_res_latent
-    cfg.task.trainable = r"ae/(encoder/(stage_5|conv_out)|decoder/(conv_in|stage_5))/.*"
+    cfg.task.trainable = recipes.middle(cfg.task.model)
     cfg.optim = OptimConfig(
         lr=3e-4, weight_decay=0.001, warmup_steps=10, schedule=Schedule.cosine, end_lr=0.1,
         clip_norm=1.0,
@@ -74,7 +70,7 @@ def phase3() -> RunConfig:
     cfg = common(LOW)
     cfg.name, cfg.steps = "demo phase 3", 200
     cfg.task.phase = Phase.low_res_local
-    cfg.task.trainable = r"ae/decoder/(stage_1|norm_out|conv_out)/.*"
+    cfg.task.trainable = recipes.head(cfg.task.model)
     cfg.optim = OptimConfig(lr=1e-4, beta1=0.5, beta2=0.9, warmup_steps=10, clip_norm=1.0)
     cfg.task.adversarial = AdversarialConfig(
         weight=0.1, start_step=50, warmup_steps=50,

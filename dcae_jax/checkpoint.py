@@ -6,6 +6,7 @@ when the step is read, and an older step is used.  Nothing of the user's is ever
 step is moved to `checkpoints_damaged/`.
 """
 
+import contextlib
 import hashlib
 import json
 import shutil
@@ -24,7 +25,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 from dcae_jax import distributed
 from dcae_jax.config import CheckpointConfig, JSONValue
 from dcae_jax.errors import UserError
-from dcae_jax.step import TrainState
+from dcae_jax.step import TrainState, ema_name
 from dcae_jax.tree import Tree
 
 ITEMS = ("params", "stats", "ema", "opt")
@@ -38,24 +39,41 @@ class DamagedCheckpoint(Exception):
 # ---------------------------------------------------------------------------------------- digests
 
 
-def _leaf_digest(x: Array) -> UInt32[Array, ""]:
-    """Sum over elements of bits x (2 index + 1), modulo 2^32.
+@jax.jit
+def _shard_digest(
+    x: Array, start: UInt32[Array, " ndim"], stride: UInt32[Array, " ndim"]
+) -> UInt32[Array, ""]:
+    """Sum over a shard's elements of bits x (2 index + 1) modulo 2^32, index in the whole array.
 
     The factors are odd, so every single flipped bit changes the sum; integer sums do not depend on
-    the order, so the digest is the same on every mesh.
+    the order, so those of the shards add up to the same digest on every mesh.
     """
-    x = jnp.asarray(x)
     width = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
     bits = x if x.dtype == jnp.bool_ else jax.lax.bitcast_convert_type(x, width)
     index = jnp.zeros(x.shape, jnp.uint32)
-    for axis, n in enumerate(x.shape):
-        index = index * n + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+    for axis in range(x.ndim):
+        position = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) + start[axis]
+        index += position * stride[axis]
     return jnp.sum(bits.astype(jnp.uint32) * (2 * index + 1), dtype=jnp.uint32)
 
 
-@jax.jit
-def _digests(leaves: list[Array]) -> list[Array]:
-    return [_leaf_digest(x) for x in leaves]
+def _digests(leaves: list[Array]) -> list[int]:
+    """The digest of each leaf.  Each shard is summed where it lies: nothing is gathered."""
+    parts = [
+        [_shard_digest(s.data, *_position(s.index, x.shape)) for s in x.addressable_shards
+         if s.replica_id == 0]
+        for x in leaves
+    ]  # fmt: skip
+    local = [sum(int(v) for v in shards) for shards in jax.device_get(parts)]
+    return [int(v) % 2**32 for v in distributed.total(np.array(local, np.uint64))]
+
+
+def _position(
+    index: tuple[slice, ...], shape: tuple[int, ...]
+) -> tuple[UInt32[np.ndarray, " ndim"], UInt32[np.ndarray, " ndim"]]:
+    """(first index of a shard, distance of two neighbours in the flat array), along each axis."""
+    stride = np.cumprod([1, *shape[:0:-1]], dtype=np.uint64)[::-1][: len(shape)]
+    return np.array([s.start or 0 for s in index], np.uint32), stride.astype(np.uint32)
 
 
 def _paths(item: Tree) -> tuple[list[str], list[Any]]:
@@ -68,9 +86,9 @@ def _paths(item: Tree) -> tuple[list[str], list[Any]]:
 def leaf_table(item: Tree, with_digest: bool = True) -> dict[str, JSONValue]:
     """path -> [shape, dtype, digest] of every leaf."""
     paths, leaves = _paths(item)
-    digests = jax.device_get(_digests(leaves)) if with_digest and leaves else [0] * len(leaves)
+    digests = _digests(leaves) if with_digest else [0] * len(leaves)
     return {
-        p: [list(x.shape), str(x.dtype), int(d)]
+        p: [list(x.shape), str(x.dtype), d]
         for p, x, d in zip(paths, leaves, digests, strict=True)
     }
 
@@ -113,6 +131,15 @@ def _steps(folder: epath.Path) -> list[int]:
     return sorted(int(name) for name in names if name.isdigit())
 
 
+def newest_meta(workdir: epath.Path) -> Meta | None:
+    """What the newest readable step of a workdir says about its run; None if there is none."""
+    folder = epath.Path(workdir) / "checkpoints"
+    for step in reversed(_steps(folder)):
+        with contextlib.suppress(DamagedCheckpoint):
+            return read_meta(folder, step)
+    return None
+
+
 def read_meta(folder: epath.Path, step: int) -> Meta:
     """The JSON of a step; raises DamagedCheckpoint if it is not there or not what was written."""
     path = folder / str(step) / "meta" / "metadata"
@@ -127,26 +154,58 @@ def read_meta(folder: epath.Path, step: int) -> Meta:
     return meta
 
 
+# Errors that say nothing about the files: too little memory or too few handles, no permission, a
+# store that does not answer.  They must not make a good checkpoint look damaged.
+_NOT_DAMAGE = (
+    "RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "UNAUTHENTICATED", "UNAVAILABLE", "DEADLINE_EXCEEDED"
+)  # fmt: skip
+
+
 def _read_items(folder: epath.Path, step: int, meta: Meta, targets: dict[str, Tree]) -> Any:
-    """Restores items into the targets' shardings and checks every leaf's digest."""
-    args = {k: ocp.args.StandardRestore(v) for k, v in targets.items()}
-    try:
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
-            found = reader.restore(folder / str(step), args=ocp.args.Composite(**args))
-    except Exception as e:  # whatever a damaged file makes tensorstore raise
-        text = str(e).strip().splitlines()
-        raise DamagedCheckpoint(f"{type(e).__name__}: {text[0][:300] if text else ''}") from e
+    """Restores items into the targets' shardings and checks every leaf's digest.
+
+    The targets may be a part of what was saved.  All processes return, or all raise
+    DamagedCheckpoint: a reader that fails alone must not leave the others in a collective.
+    """
+    found, problem = {}, ""
+    for item, target in targets.items():
+        try:
+            found[item] = _read_item(folder / str(step) / item, target)
+        except (MemoryError, PermissionError):
+            raise
+        except Exception as e:  # whatever a damaged file makes Orbax and tensorstore raise
+            text = str(e).strip().splitlines()
+            if any(word in str(e) for word in _NOT_DAMAGE):
+                raise
+            problem = f"{item}: {type(e).__name__}: {text[0][:300] if text else ''}"
+            break
+    if not distributed.agree(not problem):
+        raise DamagedCheckpoint(problem or "another process could not read its part")
     bad = [
         f"{item}/{path}"
         for item in targets
         for path, row in leaf_table(found[item]).items()
-        if row[2] != meta["leaves"][item][path][2]
+        if row != meta["leaves"][item][path]
     ]
     if bad:
         raise DamagedCheckpoint(
             f"{len(bad)} leaf/leaves differ from what was saved, the first is {bad[0]}"
         )
-    return {item: found[item] for item in targets}
+    return found
+
+
+def _read_item(path: epath.Path, target: Tree) -> Tree:
+    """One item; the handler itself, since `Checkpointer.restore` ends in a barrier."""
+    handler = ocp.PyTreeCheckpointHandler()
+    args = ocp.args.PyTreeRestore(
+        item=target,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(target),
+        partial_restore=True,
+    )
+    try:
+        return handler.restore(path, args=args)
+    finally:
+        handler.close()
 
 
 def _items(state: TrainState) -> dict[str, Tree]:
@@ -200,7 +259,9 @@ def _read_weights(
     folder: epath.Path, step: int, meta: Meta, targets: dict[str, Tree], prefer_ema: bool
 ) -> Weights:
     saved = meta["leaves"]
-    decay = next(iter(saved["ema"])).split("/")[0] if prefer_ema and "ema" in saved else None
+    decay = None
+    if prefer_ema and "ema" in saved:
+        decay = ema_name(meta["config"]["ema"]["decays"][0])  # the one that is evaluated
     inner = {"params": targets["params"], "stats": targets["stats"]}
     tops = {p.split("/")[0] for p in saved["params"]}
     inner = {name: {k: v for k, v in t.items() if k in tops} for name, t in inner.items()}
@@ -210,34 +271,25 @@ def _read_weights(
         # Parts of the checkpoint that this run does not have (a discriminator, say) are left there.
         problems = [p for p in compare(item, saved[item], target) if "but not needed" not in p]
         _refuse(f"init_from {folder / str(step)}", problems)
-    found = _read_partial(folder, step, meta, want)
+    found = _read_items(folder, step, meta, want)
     found = found["ema"][decay] if decay else found
     source = f"{f'ema {decay}' if decay else 'params'} of step {step} in {folder}"
     stats = found["stats"] if "stats" in found else {}
     return Weights(found["params"], stats, step, source, meta)
 
 
-def _read_partial(folder: epath.Path, step: int, meta: Meta, targets: dict[str, Tree]) -> Any:
-    """Like `_read_items`, but the targets may be a part of what was saved."""
-    out = {}
-    for item, target in targets.items():
-        restore = ocp.args.PyTreeRestore(
-            item=target,
-            restore_args=ocp.checkpoint_utils.construct_restore_args(target),
-            partial_restore=True,
-        )
-        try:
-            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-                out[item] = reader.restore(folder / str(step) / item, args=restore)
-        except Exception as e:
-            raise DamagedCheckpoint(f"{item}: {type(e).__name__}: {str(e)[:300]}") from e
-        for path, row in leaf_table(out[item]).items():
-            if row[2] != meta["leaves"][item][path][2]:
-                raise DamagedCheckpoint(f"{item}/{path} differs from what was saved")
-    return out
-
-
 # ---------------------------------------------------------------------------------------- manager
+
+
+class _Manager(ocp.CheckpointManager):
+    """Orbax's manager, which asks jax's preemption service with step numbers at each save.
+
+    `distributed.Preemption` asks it with counts of polls; mixed, the agreed point is never reached.
+    """
+
+    def reached_preemption(self, step: int) -> bool:
+        """Never: when to stop is decided in one place."""
+        return False
 
 
 class Checkpoints:
@@ -248,8 +300,9 @@ class Checkpoints:
         self._damaged = epath.Path(workdir) / "checkpoints_damaged"
         self._cfg = cfg
         self._manager = self._open()
+        self._last: int | None = None  # step that was saved or restored last, the newest there is
 
-    def _open(self) -> ocp.CheckpointManager:
+    def _open(self) -> _Manager:
         cfg = self._cfg
         keep: list[Any] = [policies.LatestN(cfg.keep)]
         if cfg.keep_every:
@@ -266,7 +319,7 @@ class Checkpoints:
             cleanup_tmp_directories=True,
             enable_async_checkpointing=True,
         )
-        return ocp.CheckpointManager(self.folder, options=options)
+        return _Manager(self.folder, options=options)
 
     def steps(self) -> list[int]:
         """All steps on disk, oldest first."""
@@ -278,7 +331,7 @@ class Checkpoints:
         `meta` is stored beside the leaves; raises UserError when an earlier write failed.
         """
         step = int(state.step)
-        if step in self.steps():
+        if step == self._last:
             return
         items = _items(state)
         meta = {**meta, "step": step, "leaves": {k: leaf_table(v) for k, v in items.items()}}
@@ -286,12 +339,14 @@ class Checkpoints:
         args = {k: ocp.args.StandardSave(v) for k, v in items.items()}
         best = {k: v for k, v in (metrics or {}).items() if k == self._cfg.best}
         try:
+            # Forced: otherwise Orbax leaves out, without a word, a step below its newest one.
             self._manager.save(
                 step, args=ocp.args.Composite(meta=ocp.args.JsonSave(meta), **args),
-                metrics=best or None,
+                metrics=best or None, force=True,
             )  # fmt: skip
         except Exception as e:
             raise self._write_error(step, e) from e
+        self._last = step
 
     def wait(self) -> None:
         """Blocks until what was started is on disk; raises UserError if it is not."""
@@ -319,8 +374,9 @@ class Checkpoints:
         damaged: list[int] = []
         for step in reversed(steps):
             state, meta = self._try(step, target)
-            if distributed.agree(state is not None):
+            if state is not None:
                 self._set_aside(damaged)
+                self._last = step
                 return state, meta
             damaged.append(step)
         if not steps:
@@ -335,7 +391,8 @@ class Checkpoints:
             meta = read_meta(self.folder, step)
             items = _items(target)
             names = meta["leaves"]
-            found = [d for k, v in items.items() for d in compare(k, names.get(k, {}), v)]
+            every = sorted(names.keys() | items.keys())
+            found = [d for k in every for d in compare(k, names.get(k, {}), items.get(k, {}))]
             _refuse(f"checkpoint {step} in {self.folder}", found)
             read = _read_items(self.folder, step, meta, items)
         except DamagedCheckpoint as e:

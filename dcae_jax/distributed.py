@@ -3,11 +3,14 @@
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
+from jaxtyping import UInt64
 
 from dcae_jax.errors import UserError
 
@@ -74,12 +77,35 @@ def agree(ok: bool) -> bool:
     return bool(multihost_utils.process_allgather(ok).all())
 
 
+def total(local: UInt64[np.ndarray, " n"]) -> UInt64[np.ndarray, " n"]:
+    """Sums over the processes of numbers below 2^32, exactly."""
+    if jax.process_count() == 1:
+        return local
+    # As 32-bit halves: jax has no 64-bit integers by default.
+    halves = np.stack([local >> 32, local & 0xFFFFFFFF]).astype(np.uint32)
+    high, low = multihost_utils.process_allgather(halves).astype(np.uint64).sum(axis=0)
+    return (high << np.uint64(32)) + low
+
+
+def leave(code: int) -> int:
+    """The way out after a failure: `code`, or no return at all where other processes wait for us.
+
+    A process that fails alone must not wait at jax's shutdown barrier: the others hang in a
+    collective until it is gone.
+    """
+    if jax.distributed.is_initialized() and jax.process_count() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
 class Preemption:
     """Turns SIGTERM to any process into one decision at the same point of all processes.
 
-    One process: a signal handler sets a flag.  Several: JAX's preemption service (its handler is
-    installed by `jax.distributed.initialize`) agrees on a poll that all have still to reach.
-    Every process must therefore poll equally often: once per step, evaluation batch, and wait.
+    Without jax.distributed a signal handler sets a flag.  With it, JAX's preemption service (whose
+    own handler replaces ours in `jax.distributed.initialize`) agrees on a poll that all processes
+    have still to reach: every process must poll equally often.
     """
 
     def __init__(self) -> None:
@@ -87,18 +113,25 @@ class Preemption:
         self._polls = 0
         self._done = False
 
-    def install(self) -> None:
-        """Handles SIGTERM from now on (single process; call first thing in main)."""
+    def install(self, early: Sequence[int] = ()) -> None:
+        """Handles SIGTERM from now on; `early` are those that came before."""
         signal.signal(signal.SIGTERM, self._on_signal)
+        self._flag = self._flag or bool(early)
 
     def _on_signal(self, number: int, frame: Any) -> None:
         self._flag = True
-        print("SIGTERM: saving after the current step", file=sys.stderr, flush=True)
+        # Not print(): the signal may have interrupted one, and its buffer cannot be entered twice.
+        os.write(2, b"SIGTERM: saving after the current step\n")
+
+    def hand_over(self) -> None:
+        """Once jax is initialised: its service gets the signal that came before it."""
+        if self._flag and jax.distributed.is_initialized():
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def requested(self) -> bool:
         """One poll: whether all processes should stop here.  Stays true once it was."""
         self._polls += 1
-        if jax.process_count() == 1:
+        if not jax.distributed.is_initialized():
             self._done = self._done or self._flag
         elif not self._done:
             self._done = multihost_utils.reached_preemption_sync_point(self._polls)

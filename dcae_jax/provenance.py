@@ -2,6 +2,8 @@
 
 import contextlib
 import datetime
+import fcntl
+import functools
 import importlib.metadata
 import json
 import os
@@ -13,11 +15,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+from absl import logging
 from etils import epath
 
 import dcae_jax
+from dcae_jax import checkpoint, distributed
 from dcae_jax import config as config_lib
-from dcae_jax import distributed
 from dcae_jax.config import JSONValue, RunConfig
 from dcae_jax.errors import UserError
 from dcae_jax.report import writers
@@ -32,9 +35,12 @@ CADENCE = (
     r"|deterministic|init_from|init_weights"
 )
 # These make it another run: model shape, phase, data identity and order.
-IDENTITY = r"task\.(phase|model|bottleneck|trainable).*|data\..*|seed|batch|ema\.decays|class"
+IDENTITY = (
+    r"task\.(class|phase|model|bottleneck|trainable).*|data\..*|seed|batch|ema\.decays|class"
+)
 
 
+@functools.cache
 def versions() -> dict[str, str]:
     """Versions of this package and of those that the numbers depend on."""
     found = {"dcae_jax": dcae_jax.__version__, "python": sys.version.split()[0]}
@@ -44,8 +50,12 @@ def versions() -> dict[str, str]:
     return found
 
 
+@functools.cache
 def commit() -> str:
-    """The git commit of the code, with "+changes" for a dirty tree; "" outside a checkout."""
+    """The git commit of the code, with "+changes" for a dirty tree; "" outside a checkout.
+
+    That of the start: it is the code that runs, whatever happens to the files later.
+    """
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
     def git(*args: str) -> str:
@@ -59,10 +69,11 @@ def commit() -> str:
         return ""
 
 
-def meta(cfg: RunConfig) -> dict[str, JSONValue]:
-    """What goes into config.json and every checkpoint."""
+def meta(cfg: RunConfig, data: str) -> dict[str, JSONValue]:
+    """What goes into config.json and every checkpoint; `data` is the fingerprint of the records."""
     return {
         "config": config_lib.to_json(cfg),
+        "data": data,
         "commit": commit(),
         "versions": versions(),
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
@@ -72,28 +83,46 @@ def meta(cfg: RunConfig) -> dict[str, JSONValue]:
 
 
 def read(workdir: epath.Path) -> dict[str, Any] | None:
-    """config.json of a workdir; None if there is none."""
-    path = workdir / "config.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    """config.json of a workdir, or what its newest checkpoint knows; None for a new one."""
+    return _read_json(workdir / "config.json") or checkpoint.newest_meta(workdir)
 
 
-def check_and_write(
-    workdir: epath.Path, cfg: RunConfig, force: bool, say: Callable[[str], None]
+def _read_json(path: epath.Path) -> dict[str, Any] | None:
+    """The file's content; None if it is not there, or torn because its writer was killed."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        logging.warning("%s is torn (its writer was killed or the disk was full); ignored", path)
+        return None
+
+
+def check(
+    workdir: epath.Path, cfg: RunConfig, data: str, force: bool, say: Callable[[str], None]
 ) -> None:
-    """Prints how the config differs from the run's in this workdir, then records the new one.
+    """Prints how the config differs from that of the run in this workdir.
 
-    Raises UserError if a field changed that makes it another run, unless `force`.
+    `data` is the fingerprint of the records.  Raises UserError if something changed that makes it
+    another run, unless `force`.
     """
     old = read(workdir)
-    if old is not None:
-        changes = config_lib.diff(old["config"], config_lib.to_json(cfg))
-        _refuse_identity(workdir, changes, force)
-        for path, (before, after) in changes.items():
-            note = "" if re.fullmatch(CADENCE, path) else "  (changes the numbers from here on)"
-            say(f"config changed since the last start: {path}: {before} -> {after}{note}")
+    if old is None:
+        return
+    changes = config_lib.diff(old["config"], config_lib.to_json(cfg))
+    if "data" in old and old["data"] != data:
+        changes["data.(records)"] = (old["data"], data)
+    _refuse_identity(workdir, changes, force)
+    for path, (before, after) in changes.items():
+        note = "" if re.fullmatch(CADENCE, path) else "  (changes the numbers from here on)"
+        say(f"config changed since the last start: {path}: {before} -> {after}{note}")
+
+
+def write(workdir: epath.Path, cfg: RunConfig, data: str) -> None:
+    """Records what runs from now on in config.json."""
     distributed.barrier("config compared")
     if distributed.is_main():
-        record = meta(cfg) | {"command": sys.argv, "started": _now()}
+        record = meta(cfg, data) | {"command": sys.argv, "started": _now()}
         (workdir / "config.json").write_text(json.dumps(record, indent=2))
 
 
@@ -116,11 +145,11 @@ def _refuse_identity(
 
 def is_finished(workdir: epath.Path, cfg: RunConfig, force: bool) -> bool:
     """Whether the workdir's run has reached its last step and written its summary."""
-    old, path = read(workdir), workdir / "summary.json"
-    if old is None or not path.exists():
+    old, summary = read(workdir), _read_json(workdir / "summary.json")
+    if old is None or summary is None:
         return False
     _refuse_identity(workdir, config_lib.diff(old["config"], config_lib.to_json(cfg)), force)
-    return json.loads(path.read_text())["steps"] >= cfg.steps
+    return summary["steps"] >= cfg.steps
 
 
 def write_summary(
@@ -154,20 +183,28 @@ def _scores(rows: list[dict[str, Any]], names: list[str]) -> dict[str, dict[str,
 
 @contextlib.contextmanager
 def lock(workdir: epath.Path) -> Iterator[None]:
-    """Refuses a second run in the same workdir on this machine; a dead run's lock is taken over."""
+    """Refuses a second run in the same workdir; the kernel drops the lock of a dead run.
+
+    `run.lock` stays when the run ends: only the lock on it counts.  An object store has no locks;
+    there nothing keeps two runs apart.
+    """
     if not distributed.is_main():
         yield
         return
     _make(workdir)
-    path = workdir / "run.lock"
-    me = {"host": socket.gethostname(), "pid": os.getpid(), "since": _now()}
-    if path.exists():
-        _refuse_if_alive(path, me)
-    path.write_text(json.dumps(me))
+    if "://" in os.fspath(workdir):
+        yield
+        return
+    path = os.path.join(workdir, "run.lock")
     try:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as e:
+        raise UserError(f"{path} cannot be opened: {e}; give a --workdir you can write to") from e
+    try:
+        _take(handle, workdir)
         yield
     finally:
-        path.unlink(missing_ok=True)
+        os.close(handle)
 
 
 def _make(workdir: epath.Path) -> None:
@@ -177,27 +214,21 @@ def _make(workdir: epath.Path) -> None:
         raise UserError(f"--workdir {workdir} cannot be made: {e}; give a folder you own") from e
 
 
-def _refuse_if_alive(path: epath.Path, me: dict[str, Any]) -> None:
+def _take(handle: int, workdir: epath.Path) -> None:
+    """Locks an open file and writes into it who we are; UserError if another run has it."""
     try:
-        other = json.loads(path.read_text())
-        alive = other["host"] == me["host"] and _runs(other["pid"])
-    except (ValueError, KeyError):
-        return  # torn by a crash: nobody holds it
-    if alive and other["pid"] != me["pid"]:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+        other = os.read(handle, 1000).decode(errors="replace") or "another process"
         raise UserError(
-            f"{path.parent} is in use by process {other['pid']} on this machine since "
-            f"{other['since']}; stop it or choose another --workdir"
-        )
-
-
-def _runs(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+            f"{workdir} is in use by {other}; stop it or choose another --workdir"
+        ) from e
+    except OSError as e:
+        logging.warning("%s cannot be locked (%s): start no second run in it", workdir, e)
+    me = f"process {os.getpid()} on {socket.gethostname()} since {_now()}"
+    with contextlib.suppress(OSError):  # a full disk; the text only serves the message above
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, me.encode(), 0)
 
 
 def _now() -> str:

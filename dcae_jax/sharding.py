@@ -8,7 +8,7 @@ calls `constrain()` at block boundaries.
 import queue
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -48,12 +48,12 @@ def replicated_heights(heights: dict[str, int], spatial: int) -> list[str]:
     return [name for name, height in heights.items() if height % spatial]
 
 
-def make_mesh(cfg: MeshConfig) -> Mesh:
-    """The mesh over all devices of all processes; `data` outside, `fsdp` and `spatial` inside.
+def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh over `devices` (all of all processes); `data` outside, `fsdp` and `spatial` inside.
 
     Over several slices (or nodes without a common fast network) only `data` crosses the boundary.
     """
-    devices = jax.devices()
+    devices = list(devices or jax.devices())
     inner = cfg.fsdp * cfg.spatial
     shape = (cfg.data if cfg.data != -1 else len(devices) // inner, cfg.fsdp, cfg.spatial)
     slices = len({d.slice_index for d in devices if hasattr(d, "slice_index")})

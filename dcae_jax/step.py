@@ -25,11 +25,11 @@ StepFn = Callable[["TrainState", Tree, Batch], tuple["TrainState", Metrics]]
 class TrainState:
     """All that a run remembers.  No generator, no apply function, no data iterator."""
 
-    step: Int[Array, ""]  # optimizer steps done
+    step: Any  # int32[], optimizer steps done; a tree of shapes or shardings has those here
     params: Tree  # fp32
     stats: Tree  # running statistics (BatchNorm, LeCam anchors)
     ema: dict[str, Tree]  # decay -> {"params": ..., "stats": ...}, fp32
-    opt: dict[str, optax.OptState]  # objective -> state of its trainable partition
+    opt: dict[str, Any]  # objective -> optax state of its trainable partition
 
 
 def ema_name(decay: float) -> str:
@@ -136,8 +136,8 @@ def _update(
     updates = jax.tree.map(lambda u: -rate * u, updates)
     metrics |= {
         f"{name}/lr": rate,
-        f"{name}/grad_norm": optax.global_norm(grad),
-        f"{name}/update_norm": optax.global_norm(updates),
+        f"{name}/grad_norm": optax.tree.norm(grad),
+        f"{name}/update_norm": optax.tree.norm(updates),
     }
     return optax.apply_updates(trainable, updates), opt, metrics
 

@@ -3,10 +3,12 @@
 Resume, logging, evaluation, checkpoints and preemption are visible here; there are no callbacks.
 """
 
+import contextlib
+import errno
 import math
 import os
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,10 +24,11 @@ from dcae_jax.data import pipeline
 from dcae_jax.errors import UserError
 from dcae_jax.report import flops, html, phases, progress, writers
 from dcae_jax.step import TrainState
-from dcae_jax.tasks.base import Metrics, Task
+from dcae_jax.tasks.base import Task
 from dcae_jax.tree import Tree
 
 DONE, FAILED = 0, 1
+Row = dict[str, Any]  # metrics of a step: scalars on the device, or floats from a checkpoint
 
 
 @dataclass
@@ -45,10 +48,12 @@ class Run:
     clock: progress.Clock
     evaluators: dict[str, Any]
     batches: pipeline.BatchIterator
+    data: str  # fingerprint of the records
     evaluated_at: int = -1  # steps after which the evaluators last ran to the end
     saved_at: float = field(default_factory=time.monotonic)
     scores: dict[str, float] = field(default_factory=dict)  # of the last evaluation
     bad_steps: int = 0  # non-finite ones in a row
+    pending: list[Row] = field(default_factory=list)  # of steps that are not logged yet
 
     def step(self) -> int:
         """Optimizer steps done."""
@@ -64,20 +69,43 @@ def train(
     """
     path = epath.Path(workdir)
     mesh = sharding.make_mesh(cfg.mesh)
-    with jax.set_mesh(mesh), provenance.lock(path):
+    with jax.set_mesh(mesh), _disk_errors(path), provenance.lock(path):
         if provenance.is_finished(path, cfg, force):
             say(f"{path}: already finished; nothing to do (summary.json is there)")
             return DONE
-        run = _start(cfg, path, mesh, preemption, force)
+        return _work(_start(cfg, path, mesh, preemption, force), _loop)
+
+
+def _work(run: Run, work: Callable[[Run], int]) -> int:
+    """Does the work, saves when it is preempted, and closes what `_start` opened."""
+    ended = False
+    try:
         try:
-            code = _loop(run)
+            code = work(run)
         except distributed.Preempted:
             _save(run, wait=True)
             say(f"preempted: saved step {run.step()}; the same command resumes")
             code = distributed.EXIT_PREEMPTED
-        finally:
+        ended = True
+    finally:
+        # After an error on one of several processes nothing can be waited for (see `leave`).
+        if ended or jax.process_count() == 1:
             _close(run)
     return code
+
+
+@contextlib.contextmanager
+def _disk_errors(workdir: epath.Path) -> Iterator[None]:
+    """Turns a full disk into one sentence, whatever was being written."""
+    try:
+        yield
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(
+            f"{workdir}: {e.strerror}. Make room and run the same command again: it resumes from "
+            "the newest checkpoint"
+        ) from e
 
 
 def say(text: str) -> None:
@@ -91,15 +119,15 @@ def evaluate(
 ) -> int:
     """Runs every evaluator of the config on the newest checkpoint of `workdir`."""
     path = epath.Path(workdir)
-    if not (path / "checkpoints").exists():
+    if checkpoint.newest_meta(path) is None:
         raise UserError(f"{path} has no checkpoints; train first, or give the workdir of a run")
     mesh = sharding.make_mesh(cfg.mesh)
-    with jax.set_mesh(mesh), provenance.lock(path):
-        run = _start(cfg, path, mesh, preemption, force)
-        try:
-            _evaluate(run, run.step(), every=True)
-        finally:
-            _close(run)
+    with jax.set_mesh(mesh), _disk_errors(path), provenance.lock(path):
+        return _work(_start(cfg, path, mesh, preemption, force), _evaluate_all)
+
+
+def _evaluate_all(run: Run) -> int:
+    _evaluate(run, run.step(), every=True)
     return DONE
 
 
@@ -110,13 +138,15 @@ def _start(
     cfg: RunConfig, workdir: epath.Path, mesh: Mesh, preemption: distributed.Preemption, force: bool
 ) -> Run:
     """Opens data and workdir, finds the weights, prints what is about to happen."""
-    provenance.check_and_write(workdir, cfg, force, say)
+    data = pipeline.fingerprint(cfg.data)
+    provenance.check(workdir, cfg, data, force, say)
     task = cfg.task.build(cfg)
     for line in task.describe():
         say(line)
     constants = jax.device_put(task.constants(), sharding.replicated(mesh))
     checkpoints = checkpoint.Checkpoints(workdir, cfg.checkpoint)
     state, shardings, meta = _weights(cfg, workdir, mesh, task, checkpoints)
+    provenance.write(workdir, cfg, data)
     first = int(jax.device_get(state.step))
     for line in describe_optimizers(task, state.params):
         say(line)
@@ -134,9 +164,11 @@ def _start(
             cfg.data, batch=cfg.batch, seed=cfg.seed, start_step=first,
             shard=pipeline.Shard(*sharding.row_shard(mesh)),
         ),
+        data=data,
     )  # fmt: skip
     if meta:
         run.scores, run.evaluated_at = meta["scores"], meta["evaluated_at"]
+        run.bad_steps, run.pending = meta["bad_steps"], meta["pending"]
     else:
         _save(run, wait=True)  # from now on there is always something to resume from
     return run
@@ -209,15 +241,15 @@ def describe_optimizers(task: Task, params: Tree) -> list[str]:
 
 def _loop(run: Run) -> int:
     """Trains from the state's step to the end; returns the exit code."""
-    cfg, clock, first = run.cfg, run.clock, run.step()
+    cfg, clock, first, pending = run.cfg, run.clock, run.step(), run.pending
     programs = _Programs(run)
+    run.preemption.check()
     if run.evaluated_at < first:
         _evaluate(run, first)  # before the first step, or what a preemption interrupted
     if first < cfg.steps:
         programs.get(run.task.static(first))
     run.preemption.check()
     device_batches = sharding.Prefetch(run.batches, run.mesh)
-    pending: list[Metrics] = []  # of steps whose metrics are still on the device
     try:
         for k in range(first, cfg.steps):
             with clock.data_wait():
@@ -243,6 +275,7 @@ def _loop(run: Run) -> int:
             return _stop(run, pending[-1], cfg.steps - 1)
         if pending:
             _log(run, cfg.steps, pending, programs.flops)
+            pending.clear()
     finally:
         device_batches.close()
     _finish(run)
@@ -272,7 +305,7 @@ class _Programs:
         jitted = step.make_train_step(run.task, run.cfg, static, run.shardings)
         batch = abstract_batch(run.cfg, run.mesh)
         traced = jitted.trace(run.state, run.constants, batch)
-        self.flops = flops.count_jaxpr(traced.jaxpr).total
+        self.flops = flops.count_jaxpr(traced.jaxpr.jaxpr).total
         return traced.lower().compile()
 
 
@@ -297,7 +330,7 @@ def _profile(cfg: RunConfig, workdir: epath.Path, k: int) -> None:
         jax.profiler.stop_trace()
 
 
-def _healthy(run: Run, metrics: Metrics, k: int) -> bool:
+def _healthy(run: Run, metrics: Row, k: int) -> bool:
     """Whether training may go on after step k; waits until that step is done."""
     if not jax.device_get(metrics["nonfinite"]):
         run.bad_steps = 0
@@ -308,12 +341,12 @@ def _healthy(run: Run, metrics: Metrics, k: int) -> bool:
     return run.bad_steps < limit
 
 
-def _bad_names(metrics: Metrics) -> str:
+def _bad_names(metrics: Row) -> str:
     values = jax.device_get(metrics)
     return ", ".join(k for k, v in values.items() if not np.isfinite(v))
 
 
-def _stop(run: Run, metrics: Metrics, k: int) -> int:
+def _stop(run: Run, metrics: Row, k: int) -> int:
     """A non-finite step: the state does not contain it; save that and say what to try."""
     _save(run, wait=True)
     say(
@@ -327,12 +360,13 @@ def _stop(run: Run, metrics: Metrics, k: int) -> int:
 # -------------------------------------------------------------------------------------- reporting
 
 
-def _log(run: Run, done: int, pending: list[Metrics], step_flops: float | None) -> None:
+def _log(run: Run, done: int, pending: list[Row], step_flops: float | None) -> None:
     """One console line and one row of metrics: means over the interval that ends at step `done`."""
     if not pending:
         return
     rows = jax.device_get(pending)
-    means = {k: float(np.mean([r[k] for r in rows])) for k in rows[0]}
+    # In float64, so that rows that went through a checkpoint give the same mean.
+    means = {k: float(np.mean([float(r[k]) for r in rows])) for k in rows[0]}
     interval = run.clock.interval(done)
     memory = jax.local_devices()[0].memory_stats() or {}
     speed = interval.images_per_s
@@ -404,8 +438,10 @@ def _evaluate(run: Run, done: int, every: bool = False) -> None:
 def _save(run: Run, wait: bool = False) -> None:
     """Starts a checkpoint; the clock's totals go into it."""
     with run.clock.pause("checkpoint"):
-        meta = provenance.meta(run.cfg) | {
+        rows = [{k: float(v) for k, v in row.items()} for row in jax.device_get(run.pending)]
+        meta = provenance.meta(run.cfg, run.data) | {
             "clock": run.clock.totals(), "evaluated_at": run.evaluated_at, "scores": run.scores,
+            "pending": rows, "bad_steps": run.bad_steps,
         }  # fmt: skip
         run.checkpoints.save(run.state, meta, run.scores)
         if wait:
@@ -421,6 +457,7 @@ def _finish(run: Run) -> None:
     baselines = {}
     for name, evaluator in run.evaluators.items():
         if evaluator.cfg.baselines:
+            run.preemption.check()
             with progress.working(f"baselines of {name}", enabled=distributed.is_main()):
                 baselines[name] = evaluator.baselines()
     if distributed.is_main():
@@ -432,8 +469,10 @@ def _finish(run: Run) -> None:
 
 
 def _close(run: Run) -> None:
-    run.batches.close()
-    for writer in run.writers:
-        writer.close()
-    run.checkpoints.close()
+    """Closes all, in this order, also if one of them fails."""
+    with contextlib.ExitStack() as stack:
+        stack.callback(run.checkpoints.close)
+        for writer in run.writers:
+            stack.callback(writer.close)
+        stack.callback(run.batches.close)
 

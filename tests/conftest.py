@@ -20,5 +20,5 @@ from absl import flags  # noqa: E402
 flags.FLAGS.mark_as_parsed()  # grain's workers read absl flags
 
 # Shapes in signatures are checked while the tests run, and free in production.
-_hook = jaxtyping.install_import_hook("dcae_jax", "beartype.beartype")
+_hook = jaxtyping.install_import_hook("dcae_jax", "typecheck.check")
 _hook.__enter__()

@@ -24,7 +24,6 @@ from dcae_jax.data.pipeline import DataConfig
 from dcae_jax.data.transforms import BadRecord, Reason
 
 _EDGES = (0, 64, 128, 256, 512, 1024, 2048, 1 << 30)
-_SPEED_SECONDS = 5.0
 _WARM_UP = 5
 _WINDOW = 4096  # records submitted at once, so that a million futures don't lie around
 
@@ -70,6 +69,7 @@ def main(argv: list[str]) -> int:
     config = config_flag.define_config()
     limit = flags.DEFINE_integer("limit", 0, "look at so many records only, spread evenly; 0: all")
     duplicates = flags.DEFINE_bool("duplicates", False, "also name records with equal pixels")
+    seconds = flags.DEFINE_float("seconds", 5.0, "how long the read speed is measured")
     config_flag.parse(["python -m dcae_jax data-check", *argv])
     cfg = config.value
     checks = check(cfg.data, limit=limit.value, duplicates=duplicates.value)
@@ -84,7 +84,7 @@ def main(argv: list[str]) -> int:
             file=sys.stderr,
         )
         return 1
-    print(speed(cfg.data, cfg.batch, cfg.seed))
+    print(speed(cfg.data, cfg.batch, cfg.seed, seconds.value))
     return 0
 
 
@@ -111,7 +111,7 @@ def table(found: Check, cfg: DataConfig) -> str:
     return "\n".join(lines)
 
 
-def speed(cfg: DataConfig, batch: int, seed: int) -> str:
+def speed(cfg: DataConfig, batch: int, seed: int, seconds: float) -> str:
     """Images per second of the training pipeline itself, as this config sets it up."""
     with pipeline.batches(cfg, batch=batch, seed=seed) as batches:
         begin = time.perf_counter()
@@ -120,7 +120,7 @@ def speed(cfg: DataConfig, batch: int, seed: int) -> str:
         for _ in range(_WARM_UP):
             next(batches)
         begin, images = time.perf_counter(), 0
-        while time.perf_counter() - begin < _SPEED_SECONDS:
+        while time.perf_counter() - begin < seconds:
             images += len(next(batches)["label"])
         rate = images / (time.perf_counter() - begin)
     return (

@@ -11,6 +11,9 @@ class tars is ImageNet's training file. Examples:
 then data.source = TfdsConfig(directory="packed/imagenet"). A shard is complete or absent: kill the
 command and run it again, and it goes on where it was, to the same bytes. Every image is decoded
 once (--check header skips that); bad ones are left out and listed in OUT/pack-SPLIT.json.
+
+ImageNet's labels are the WordNet ids (n01440764), sorted, as in TFDS; the development kit's own
+numbers 1..1000 have another order and are refused beside a training split.
 """
 
 import argparse
@@ -29,10 +32,10 @@ import shutil
 import sys
 import tarfile
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent import futures
 from dataclasses import asdict, dataclass, field
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
@@ -69,8 +72,8 @@ class ShardReport:
     bytes: int = 0
     sha256: str = ""
     payload: int = 0  # bytes of the serialized examples
-    sizes: list[tuple[int, int]] = field(default_factory=list)  # (height, width) of each record
-    bad: list[tuple[str, str]] = field(default_factory=list)  # (name, why)
+    sizes: list[list[int]] = field(default_factory=list)  # (height, width) of each record
+    bad: list[list[str]] = field(default_factory=list)  # (name, why)
 
 
 @dataclass(slots=True)
@@ -191,7 +194,7 @@ def _tar_entries(path: epath.Path, prefix: str) -> Iterator[Entry]:
         yield from _members(stream, str(path), prefix, 0)
 
 
-def _members(stream: BinaryIO, container: str, prefix: str, base: int) -> Iterator[Entry]:
+def _members(stream: io.IOBase, container: str, prefix: str, base: int) -> Iterator[Entry]:
     try:
         with tarfile.open(fileobj=stream, mode="r:") as tar:
             for member in tar:
@@ -209,7 +212,7 @@ def _members(stream: BinaryIO, container: str, prefix: str, base: int) -> Iterat
 
 
 @contextlib.contextmanager
-def _open_plain(path: str) -> Iterator[BinaryIO]:
+def _open_plain(path: str) -> Iterator[io.IOBase]:
     """Opens a file; a compressed one as the stream of its uncompressed bytes."""
     opener = _COMPRESSED.get(epath.Path(path).suffix)
     with epath.Path(path).open("rb") as raw:
@@ -341,20 +344,20 @@ def _fill(plan: Plan, index: int, path: epath.Path, threads: int, bar: tqdm) -> 
     from array_record.python import array_record_module
 
     report = ShardReport()
-    features = _features(plan.classes)
+    serialize = _serializer(plan.classes)
     writer = array_record_module.ArrayRecordWriter(os.fspath(path), "group_size:1")
     try:
         for entry, outcome in _checked(plan, index, threads):
             bar.update()
             if isinstance(outcome, BadRecord):
-                report.bad.append((entry.name, f"{outcome.reason.value}: {outcome.detail}"))
+                report.bad.append([entry.name, f"{outcome.reason.value}: {outcome.detail}"])
                 continue
             example = {"image": outcome, "file_name": entry.name, "label": entry.label or 0}
-            serialized = features.serialize_example(features.encode_example(example))
+            serialized = serialize(example)
             writer.write(serialized)
             report.records += 1
             report.payload += len(serialized)
-            report.sizes.append(transforms.image_size(outcome))
+            report.sizes.append([*transforms.image_size(outcome)])
     finally:
         writer.close()
     report.bytes = path.stat().length
@@ -488,6 +491,20 @@ def _features(classes: tuple[str, ...]) -> Any:
             "file_name": tfds.features.Text(),
         }
     )
+
+
+def _serializer(classes: tuple[str, ...]) -> Callable[[dict[str, Any]], bytes]:
+    """Example -> bytes of its tf.train.Example, keys sorted: protobuf's own order varies."""
+    from tensorflow_datasets.core import example_serializer
+
+    features = _features(classes)
+    serializer = example_serializer.ExampleSerializer(features.get_serialized_info())
+
+    def serialize(example: dict[str, Any]) -> bytes:
+        proto = serializer.get_tf_example(features.encode_example(example))
+        return proto.SerializeToString(deterministic=True)
+
+    return serialize
 
 
 def _manifests(out: epath.Path) -> dict[str, dict[str, Any]]:

@@ -62,6 +62,7 @@ PHOTOS: tuple[Photo, ...] = (
           "https://commons.wikimedia.org/wiki/File:Fundus_photograph_of_normal_left_eye.jpg"),
     Photo("hubble", "skimage", "data/hubble_deep_field.jpg", "Hubble eXtreme Deep Field", "NASA",
           _PUBLIC, "http://hubblesite.org/newscenter/archive/releases/2012/37/image/a/"),
+    # scikit-learn's README repeats china's author for the flower; its address names this one.
     Photo("china", "sklearn", "datasets/images/china.jpg", "Temple", "danielbuechele", _CC_BY,
           "https://www.flickr.com/photos/danielbuechele/6061409035/"),
     Photo("flower", "sklearn", "datasets/images/flower.jpg", "Flower", "vultilion", _CC_BY,

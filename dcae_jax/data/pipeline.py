@@ -50,6 +50,8 @@ EVAL_SEED = 20_241_014
 # Decoded images are kept only if the set is so small that this size each would fit.
 _SMALLEST_CACHED = 128 * 1024
 _READ_TRIES = 3
+# Positions of a training run: Grain computes lengths in floats, which must not round past 2^63.
+_ENDLESS = 2**50
 # What is open in this process: (source, split, 0) -> Source, (source, split, 1 + min_size) ->
 # parts.
 _OPEN: dict[tuple[str, str, int], Any] = {}
@@ -357,7 +359,7 @@ class _Rows(grain.MapDataset):
         self._batch, self._blank = batch, blank
         self._rows = batch // shard.count
         self._first = shard.index * self._rows
-        self._steps = -(-len(parent) // batch) if blank else len(parent) // batch
+        self._steps = -(-len(parent) // batch) if blank else min(len(parent), _ENDLESS) // batch
 
     def __len__(self) -> int:
         return self._steps * self._rows
@@ -520,7 +522,14 @@ def _training_order(parts: tuple[Part, ...], seed: int) -> grain.MapDataset:
     if len(parts) == 1:
         return orders[0].map(functools.partial(_in_part, 0))
     slots = _shuffled(BLOCK, _derive(seed, "mixture"))
-    return _Mixture(slots, orders, _shares([part.weight for part in parts], BLOCK))
+    quotas = _shares([part.weight for part in parts], BLOCK)
+    if quotas.min() < 1:
+        rare = parts[int(quotas.argmin())]
+        raise UserError(
+            f"the mixture gives {rare.name!r} (weight {rare.weight:g}) fewer than one of {BLOCK} "
+            "positions; raise its weight or leave it out"
+        )
+    return _Mixture(slots, orders, quotas)
 
 
 def _shuffled(n: int, seed: int) -> grain.MapDataset:
@@ -538,7 +547,7 @@ def _evaluation_order(parts: tuple[Part, ...], cfg: DataConfig, n: int) -> list[
     if n < 1:
         raise UserError(f"an evaluation on n={n} images; give at least 1")
     order: list[tuple[int, int]] = []
-    counts = _shares([part.weight for part in parts], n) if len(parts) > 1 else [n]
+    counts = _shares([part.weight for part in parts], n).tolist()
     for i, (part, count) in enumerate(zip(parts, counts, strict=True)):
         length = len(part.source)
         if count > length and cfg.transform is Transform.center_crop:
@@ -553,16 +562,11 @@ def _evaluation_order(parts: tuple[Part, ...], cfg: DataConfig, n: int) -> list[
 
 
 def _shares(weights: list[float], total: int) -> np.ndarray:
-    """Whole numbers in proportion to `weights` with sum `total`: largest remainders, each >= 1."""
+    """Whole numbers in proportion to `weights` with sum `total`, by largest remainders."""
     exact = np.array(weights, np.float64) / sum(weights) * total
     counts = np.floor(exact).astype(np.int64)
     for index in np.argsort(counts - exact, kind="stable")[: total - counts.sum()]:
         counts[index] += 1
-    if counts.min() < 1:
-        raise UserError(
-            f"the mixture's weights {weights} give a member fewer than one of {total} positions; "
-            "raise its weight or leave it out"
-        )
     return counts
 
 

@@ -292,6 +292,7 @@ class PhotosSource:
 
         self._arguments = (cache_dir, split, min_photo_side)
         directory = photos.prepare(cache_root(cache_dir))
+        self._photographs = directory.parent.parent.name  # names a digest of the original files
         self._all = TfdsSource(str(directory), split, "image", "label")
         sides = [int(max(size)) for size in self._all.column("photo_size")]
         self._kept = [i for i, side in enumerate(sides) if side >= min_photo_side]
@@ -317,8 +318,8 @@ class PhotosSource:
         return self._all.size(self._kept[index])
 
     def fingerprint(self) -> str:
-        """Digest of the prepared photographs and of which of them are used."""
-        return digest("photos", self._all.fingerprint(), repr(self._kept))
+        """Digest of the original photographs and of which of them are used."""
+        return digest("photos", self._photographs, self._arguments[1], repr(self._kept))
 
 
 class FolderSource:

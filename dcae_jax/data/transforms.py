@@ -9,7 +9,6 @@ import io
 import math
 import struct
 import zlib
-from typing import BinaryIO
 
 import numpy as np
 from jaxtyping import UInt8
@@ -62,7 +61,7 @@ class BadRecord(Exception):
         return f"{self.name}: {self.reason.value}" + (f" ({self.detail})" if self.detail else "")
 
 
-def image_size(data: bytes | BinaryIO) -> tuple[int, int]:
+def image_size(data: bytes | io.IOBase) -> tuple[int, int]:
     """(height, width) after decoding, read from the header alone; (0, 0) if there is none."""
     try:
         with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data) as image:

@@ -177,7 +177,7 @@ def _sums(original: Pixels, output: Pixels, mask: Any) -> dict[str, Array]:
         "ssim": metrics.ssim(original, output),
         "count": jnp.ones_like(mse),
     }
-    return {k: jnp.sum(jnp.where(mask > 0, v, 0.0)) for k, v in scores.items()}
+    return {k: metrics.masked_sum(v, mask) for k, v in scores.items()}
 
 
 def summarise(total: dict[str, Any]) -> dict[str, float]:

@@ -22,6 +22,7 @@ NORM_EPS = 1e-5
 ATTENTION_EPS = 1e-15
 BATCH_NORM_MOMENTUM = 0.1  # torch's sense: the weight of the new batch
 GLU_EXPAND = 4
+FEW_CHANNELS = 4  # so few input channels leave a CPU's vector units idle
 
 
 class Dtype(enum.Enum):
@@ -168,6 +169,31 @@ def conv2d(
     )  # fmt: skip
 
 
+def conv_unshuffle(
+    x: Float[Array, "b H W c"], kernel: Float[Array, "3 3 c f"]
+) -> Float[Array, "b h w F"]:
+    """`pixel_unshuffle(conv2d(x, kernel))`.
+
+    With few input channels on CPU (the stem: 3) the image is unshuffled first: a convolution with
+    4 times the products that XLA runs 16 times as fast per product.
+    """
+    if x.shape[-1] <= FEW_CHANNELS and jax.default_backend() == "cpu":
+        return conv2d(pixel_unshuffle(x), _unshuffled_kernel(kernel))
+    return pixel_unshuffle(conv2d(x, kernel))
+
+
+def _unshuffled_kernel(kernel: Float[Array, "3 3 c f"]) -> Float[Array, "3 3 C F"]:
+    """The kernel that does to an unshuffled image what `kernel` does to the image itself.
+
+    Coarse tap I and input offset a are the fine tap d seen from output offset i where
+    2 (I - 1) + a = i + d - 1; the same for columns.
+    """
+    coarse, a, i, d = np.ogrid[:3, :2, :2, :3]
+    same = (2 * (coarse - 1) + a == i + d - 1).astype(kernel.dtype)
+    big = jnp.einsum("Iaid,Jbje,decf->IJcabfij", same, same, kernel)
+    return big.reshape(3, 3, 4 * kernel.shape[2], 4 * kernel.shape[3])
+
+
 def linear(x: Float[Array, "*n c"], kernel: Float[Array, "c f"]) -> Float[Array, "*n f"]:
     """A 1x1 convolution.
 
@@ -267,30 +293,32 @@ def depthwise(
     return shift_depthwise(x, kernel) if shift else lax_depthwise(x, kernel)
 
 
-def _add_bias(module: nn.Module, x: Array, fan_in: int) -> Array:
-    bias = module.param("bias", torch_uniform(fan_in), (x.shape[-1],), jnp.float32)
-    return x + bias.astype(x.dtype)
+def _add_bias(module: nn.Module, x: Array, fan_in: int, repeats: int = 1) -> Array:
+    features = x.shape[-1] // repeats
+    bias = module.param("bias", torch_uniform(fan_in), (features,), jnp.float32)
+    return x + jnp.repeat(bias, repeats).astype(x.dtype)
 
 
 class Conv(nn.Module):
-    """k x k convolution with torch's padding k // 2 and initialisation; kernel [k, k, in, out]."""
+    """3x3 convolution with torch's padding of 1 and initialisation; kernel [3, 3, in, out]."""
 
     features: int
-    size: int = 3
     stride: int = 1
     use_bias: bool = True
+    unshuffle: bool = False  # the result is also unshuffled, space to depth
     options: BlockOptions = BlockOptions()
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b H W f"]:
         """Computes in `conv_dtype`, returns `dtype`."""
-        shape = (self.size, self.size, x.shape[-1], self.features)
-        fan_in = self.size**2 * x.shape[-1]
+        shape = (3, 3, x.shape[-1], self.features)
+        fan_in = 9 * x.shape[-1]
         kernel = self.param("kernel", torch_uniform(fan_in), shape, jnp.float32)
         dtype = self.options.conv_dtype.value
-        y = conv2d(x.astype(dtype), kernel.astype(dtype), self.stride, self.size // 2)
+        x, kernel = x.astype(dtype), kernel.astype(dtype)
+        y = conv_unshuffle(x, kernel) if self.unshuffle else conv2d(x, kernel, self.stride)
         y = y.astype(self.options.dtype.value)
-        return _add_bias(self, y, fan_in) if self.use_bias else y
+        return _add_bias(self, y, fan_in, 4 if self.unshuffle else 1) if self.use_bias else y
 
 
 class PrefixConv(nn.Module):
@@ -573,12 +601,12 @@ class Down(nn.Module):
     def __call__(self, x: Float[Array, "b H W c"]) -> Float[Array, "b h w f"]:
         """The shortcut also needs `options.residual`."""
         shuffle = self.kind is Downsample.conv_unshuffle
-        conv = Conv(
-            self.features // 4 if shuffle else self.features,
-            stride=1 if shuffle else 2, options=self.options,
-        )  # fmt: skip
+        if shuffle:
+            conv = Conv(self.features // 4, unshuffle=True, options=self.options)
+        else:
+            conv = Conv(self.features, stride=2, options=self.options)
         nn.share_scope(self, conv)
-        y = pixel_unshuffle(conv(x)) if shuffle else conv(x)
+        y = conv(x)
         if self.shortcut and self.options.residual:
             y = y + downsample_shortcut(x, self.features)
         return y

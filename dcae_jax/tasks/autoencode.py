@@ -287,7 +287,7 @@ class AutoencodeTask:
     def _combine(self, grads: dict[str, Tree], step: Int[Array, ""]) -> tuple[Tree, Metrics]:
         """g_rec + w g_adv with the adaptive weight in fp32, once per optimizer step."""
         cfg = self.cfg.adversarial
-        rec, adv = optax.global_norm(grads["rec"]), optax.global_norm(grads["adv"])
+        rec, adv = optax.tree.norm(grads["rec"]), optax.global_norm(grads["adv"])
         adaptive = jnp.clip(rec / (adv + 1e-4), 0.0, cfg.max_adaptive) if cfg.adaptive else 1.0
         ramp = jnp.clip((step - cfg.start_step + 1) / max(cfg.warmup_steps, 1), 0.0, 1.0)
         weight = cfg.weight * adaptive * jnp.where(step >= cfg.start_step, ramp, 0.0)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
@@ -59,6 +59,7 @@ class Objective:
     combine: Callable[[dict[str, Tree], Int[Array, ""]], tuple[Tree, Metrics]] = add_terms
 
 
+@runtime_checkable
 class Task(Protocol):
     """The only thing that differs between phases, diffusion and masking."""
 

@@ -19,7 +19,7 @@ def data_cache(tmp_path_factory: pytest.TempPathFactory):
 
 @pytest.fixture
 def image_folder(tmp_path: pathlib.Path) -> pathlib.Path:
-    """Two classes of 10 PNGs; image i of class c is the constant grey 100 * c + i, 40 + i x 50 px."""
+    """Two classes of 10 PNGs; image i of class c is all grey 100 * c + i and 40 + i px high."""
     for label, name in enumerate(("apple", "pear")):
         (tmp_path / "images" / name).mkdir(parents=True)
         for i in range(10):

@@ -7,11 +7,12 @@ import sys
 
 import numpy as np
 import pytest
+from etils import epath
+
 from dcae_jax.data import photos, pipeline, sources, transforms
 from dcae_jax.data.pipeline import DataConfig
 from dcae_jax.data.sources import PhotosConfig, TfdsSource
 from dcae_jax.errors import UserError
-from etils import epath
 
 
 def all_regions() -> dict[str, dict[str, tuple[photos.Box, np.ndarray]]]:

@@ -6,9 +6,10 @@ import struct
 
 import numpy as np
 import pytest
+from PIL import Image
+
 from dcae_jax.data import transforms
 from dcae_jax.data.transforms import BadRecord, Reason
-from PIL import Image
 
 
 def gradient(height: int = 40, width: int = 60) -> np.ndarray:
@@ -215,7 +216,7 @@ def test_random_resized_crop_windows_have_the_asked_area_and_aspect() -> None:
 
 
 def test_random_resized_crop_falls_back_to_the_largest_window() -> None:
-    # A strip of 10 x 1000 cannot hold a square of all its area: the largest centred square is taken.
+    # 10 x 1000 cannot hold a square of all its area: the largest centred square is taken.
     box = transforms._draw_box((10, 1000), np.random.default_rng(0), (1.0, 1.0), (1.0, 1.0))
     assert box == (495, 0, 10, 10)
 

@@ -153,6 +153,10 @@ def test_transposed_convolution_counts_no_zeros() -> None:
 
     cost = flops.count(up, _abstract(1, 8, 8, 3), _abstract(4, 4, 3, 5)).total
     assert cost == 2 * (8 * 8) * (4 * 4) * 3 * 5  # every input meets every tap once
+    for argument in (0, 1):
+        gradient = jax.grad(lambda x, k: jnp.sum(up(x, k) ** 2), argnums=argument)
+        both = flops.count(gradient, _abstract(1, 8, 8, 3), _abstract(4, 4, 3, 5)).total
+        assert both == 2 * cost
 
 
 @pytest.mark.parametrize("size,expected", [(256, 40.1e9), (512, 160e9), (1024, 641e9)])

@@ -1,0 +1,105 @@
+"""The three phases of a full-size DC-AE, shared by the configs of f32c32, f64c128 and f128c512.
+
+Stated by the paper or its authors:
+L1 + LPIPS in all phases, PatchGAN in phase 3 only, AdamW; phase 1 lr 6.4e-5, weight decay 0.1;
+phase 2 lr 1.6e-5, weight decay 0.001; phase 3 lr 5.4e-5, betas (0.5, 0.9).
+Not stated anywhere, so chosen here, each a config field: resolutions 256 / 1024 / 256, batch sizes,
+steps, warm-up, LPIPS weight 0.25 (a third-party reproduction), the exact layers of phases 2 and 3,
+adversarial weight 0.5 with adaptive scaling, hinge loss, the discriminator, EMA.
+"""
+
+from dcae_jax.config import (
+    CheckpointConfig,
+    EmaConfig,
+    OptimConfig,
+    ReportConfig,
+    RunConfig,
+)
+from dcae_jax.data.pipeline import DataConfig, Transform
+from dcae_jax.data.sources import TfdsConfig
+from dcae_jax.errors import UserError
+from dcae_jax.evals.reconstruct import ReconstructConfig
+from dcae_jax.models.dcae import DCAEConfig, Remat, from_scratch
+from dcae_jax.tasks.autoencode import AdversarialConfig, AutoencodeConfig, LossConfig, Phase
+
+LOW, HIGH = 256, 1024
+
+
+def choose(arg: str, phases: tuple[str, ...] = ("phase1", "phase2", "phase3")) -> int:
+    """The number of the phase named by a config's argument; UserError names those there are."""
+    if arg not in phases:
+        raise UserError(f"unknown phase {arg!r}; this config has {', '.join(phases)}")
+    return phases.index(arg) + 1
+
+
+def dcae_phase(arg: str, model: DCAEConfig, name: str) -> RunConfig:
+    """The run of one phase ("phase1" .. "phase3") of `model` on ImageNet."""
+    number = choose(arg)
+    cfg = [_low_res_full, _high_res_latent, _low_res_local][number - 1](from_scratch(model))
+    cfg.name = f"{name} {arg}"
+    return cfg
+
+
+def middle(model: DCAEConfig) -> str:
+    """Phase 2: the encoder's last stage and output, the decoder's input and first stage."""
+    last = len(model.encoder.widths) - 1
+    return rf"ae/(encoder/(stage_{last}|conv_out)|decoder/(conv_in|stage_{last}))/.*"
+
+
+def head(model: DCAEConfig) -> str:
+    """Phase 3: the decoder's stage of the highest resolution and its output."""
+    return rf"ae/decoder/(stage_{model.decoder.first()}|norm_out|conv_out)/.*"
+
+
+def _low_res_full(model: DCAEConfig) -> RunConfig:
+    cfg = _common(model, LOW, Phase.low_res_full)
+    cfg.steps, cfg.batch = 400_000, 128
+    cfg.optim = OptimConfig(
+        lr=6.4e-5, weight_decay=0.1, warmup_steps=5000, warmup_from=0.1, clip_norm=1.0
+    )
+    return cfg
+
+
+def _high_res_latent(model: DCAEConfig) -> RunConfig:
+    cfg = _common(model, HIGH, Phase.high_res_latent)
+    cfg.steps, cfg.batch = 40_000, 32
+    cfg.data.min_size = 768  # enlarging small images would teach blur
+    cfg.task.trainable = middle(model)
+    cfg.task.model.remat = Remat.stage
+    cfg.optim = OptimConfig(lr=1.6e-5, weight_decay=0.001, warmup_steps=1000, clip_norm=1.0)
+    return cfg
+
+
+def _low_res_local(model: DCAEConfig) -> RunConfig:
+    cfg = _common(model, LOW, Phase.low_res_local)
+    cfg.steps, cfg.batch = 100_000, 128
+    cfg.task.trainable = head(model)
+    cfg.optim = OptimConfig(lr=5.4e-5, beta1=0.5, beta2=0.9, warmup_steps=1000, clip_norm=1.0)
+    cfg.task.adversarial = AdversarialConfig(
+        weight=0.5, start_step=2000, warmup_steps=2000, lecam=0.001,
+        optim=OptimConfig(lr=5.4e-5, beta1=0.5, beta2=0.9, warmup_steps=1000, clip_norm=1.0),
+    )  # fmt: skip
+    return cfg
+
+
+def _common(model: DCAEConfig, resolution: int, phase: Phase) -> RunConfig:
+    return RunConfig(
+        task=AutoencodeConfig(phase=phase, model=model, losses=LossConfig(l1=1.0, lpips=0.25)),
+        data=_imagenet(resolution, "train"),
+        ema=EmaConfig(decays=(0.9999,), warmup_steps=2000),
+        checkpoint=CheckpointConfig(every=2000, keep=3, keep_every=50_000),
+        report=ReportConfig(every=100),
+        evals=[
+            ReconstructConfig(data=_imagenet(size, "validation"), n=n, batch=64, every=20_000)
+            for size, n in ((LOW, 2048), (HIGH, 256))
+        ],
+    )
+
+
+def _imagenet(resolution: int, split: str) -> DataConfig:
+    training = split == "train"
+    return DataConfig(
+        source=TfdsConfig(name="imagenet2012"), split=split, resolution=resolution,
+        transform=Transform.random_resized_crop if training else Transform.center_crop,
+        area=(0.5, 1.0), flip=training, threads=16, workers=8 if training else 0, cache_mb=0,
+    )  # fmt: skip

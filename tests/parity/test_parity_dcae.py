@@ -1,0 +1,125 @@
+"""DC-AE agrees with the PyTorch original (stored outputs; see make_dcae_fixtures.py)."""
+
+import functools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dcae_jax.models import dcae
+from dcae_jax.models.layers import Dtype, Norm
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+import weights  # noqa: E402
+
+# Relative to the largest value.  float32 sums in another order differ by 1e-6 to 3e-6 in nets of
+# this depth (two PyTorch implementations of DC-AE differ by 2.5e-6).
+TOLERANCE = 5e-6
+WIDTHS = (32, 32, 64, 64, 128)
+SIZES = ((32, 32), (64, 96))
+
+
+def config(name: str) -> dcae.DCAEConfig:
+    """The narrow models of make_dcae_fixtures.py, derived from the released variants."""
+    source, channels, encoder, decoder = {
+        "in": (dcae.dc_ae_f32c32_in, 32, (0, 1, 2, 1, 1), (0, 1, 2, 1, 1)),
+        "sana": (dcae.dc_ae_f32c32_sana, 32, (1,) * 5, (1,) * 5),
+        "lite": (dcae.dc_ae_lite_f32c32_sana, 32, (1,) * 5, (0, 1, 1, 1, 1)),
+        "1.5": (dcae.dc_ae_f32c128_1_5, 48, (0, 1, 1, 1, 1), (0, 1, 1, 1, 1)),
+    }[name]
+    cfg = dcae.narrow(
+        source(), widths=WIDTHS, encoder_depths=encoder, decoder_depths=decoder,
+        latent_channels=channels,
+    )  # fmt: skip
+    cfg.dtype = Dtype.float32
+    return cfg
+
+
+def filled(cfg: dcae.DCAEConfig) -> Any:
+    def leaf(path: Any, like: jax.ShapeDtypeStruct) -> jax.Array:
+        return jnp.asarray(weights.weight("/".join(k.key for k in path), like.shape))
+
+    return jax.tree_util.tree_map_with_path(leaf, dcae.abstract_variables(cfg))
+
+
+def whole(model: dcae.DCAE, tag: str, size: tuple[int, int]) -> Callable[[Any], dict[str, Any]]:
+    """A compiled function of the variables that gives everything the fixture has."""
+    x = weights.normal(f"{tag}/x", (2, *size, 3))
+    dy = weights.normal(f"{tag}/dy", (2, *size, 3))
+
+    def run(variables: Any) -> dict[str, Any]:
+        def weighted(x: Any) -> Any:
+            z = model.apply(variables, x, method="encode")
+            y = model.apply(variables, z, method="decode")
+            return (y * dy).sum(), (z, y)
+
+        dx, (z, y) = jax.grad(weighted, has_aux=True)(x)
+        return {"z": z, "y": y, "dx": dx}
+
+    return jax.jit(run)
+
+
+def errors(found: dict[str, Any], tag: str, fixture: Any) -> dict[str, float]:
+    """max |difference| / max |original| of each value."""
+    result = {}
+    for key, value in found.items():
+        original = fixture[f"{tag}/{key}"]
+        flat = np.asarray(value)
+        if key != "z":
+            flat = flat.reshape(-1)[weights.sample(f"{tag}/{key}", flat.size)]
+        result[key] = float(np.abs(flat - original).max() / np.abs(original).max())
+    return result
+
+
+@functools.cache
+def fixture() -> dict[str, np.ndarray]:
+    return dict(np.load(HERE / "dcae.npz"))
+
+
+@pytest.mark.parametrize("size", SIZES, ids=lambda s: f"{s[0]}x{s[1]}")
+@pytest.mark.parametrize("name", ["in", "sana", "lite", "1.5"])
+def test_agrees_with_the_pytorch_original(name: str, size: tuple[int, int]) -> None:
+    cfg, tag = config(name), f"{name}/{size[0]}x{size[1]}"
+    found = whole(cfg.build(), tag, size)(filled(cfg))
+    worst = errors(found, tag, fixture())
+    assert max(worst.values()) <= TOLERANCE, worst
+
+
+@pytest.mark.parametrize("name", ["in", "sana"])
+def test_every_single_weight_counts(name: str) -> None:
+    """30 % more of one element of any leaf, statistics included, is seen by the parity test."""
+    cfg, size = config(name), (32, 32)
+    tag = f"{name}/32x32"
+    run, variables = whole(cfg.build(), tag, size), filled(cfg)
+    leaves, tree = jax.tree.flatten(variables)
+    paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(variables)[0]]
+    unseen = []
+    for i, path in enumerate(paths):
+        value = np.array(leaves[i])
+        # The outer taps of a 5x5 kernel meet nothing but padding on a 2x2 map: take the middle one.
+        part = value[value.shape[0] // 2, value.shape[1] // 2] if value.ndim == 4 else value
+        part[np.unravel_index(np.abs(part).argmax(), part.shape)] *= 1.3
+        changed = jax.tree.unflatten(tree, [*leaves[:i], jnp.asarray(value), *leaves[i + 1 :]])
+        worst = max(errors(run(changed), tag, fixture()).values())
+        if worst <= TOLERANCE:
+            unseen.append((jax.tree_util.keystr(path), worst))
+    assert not unseen
+
+
+def test_fixtures_are_small_and_hard() -> None:
+    """Under 1 MB, statistics far from the defaults, values of sane scale."""
+    assert (HERE / "dcae.npz").stat().st_size < 1_000_000
+    stats = filled(config("in"))["batch_stats"]
+    assert config("in").decoder.norms[1] is Norm.batch
+    norms = [stats["decoder"]["stage_1"], *[stats["decoder"]["stage_2"]] * 2]
+    for i, stage in zip((0, 0, 1), norms, strict=True):
+        norm = stage[f"block_{i}"]["norm"]
+        assert jnp.abs(norm["mean"]).max() > 0.2 and jnp.abs(norm["var"] - 1).max() > 0.3
+    for key, value in fixture().items():
+        assert 0.1 < np.sqrt(np.mean(value**2)) < 10, key

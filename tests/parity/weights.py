@@ -1,0 +1,38 @@
+"""Random weights that numpy alone can make again: a value depends on its path, not on any order.
+
+Read by the tests (JAX) and by make_dcae_fixtures.py (PyTorch), so that no weights are stored.
+"""
+
+import zlib
+
+import numpy as np
+
+
+def _generator(path: str) -> np.random.Generator:
+    return np.random.default_rng(zlib.crc32(path.encode()))
+
+
+def weight(path: str, shape: tuple[int, ...]) -> np.ndarray:
+    """The float32 value of one leaf; `path` as "params/encoder/conv_in/kernel".
+
+    Scales keep activations near 1 through all blocks; statistics are never the defaults 0 and 1.
+    """
+    g, name = _generator(path), path.rsplit("/", 1)[-1]
+    if name == "kernel":
+        fan_in = float(np.prod(shape[:-1]))
+        return (g.standard_normal(shape) / np.sqrt(fan_in)).astype(np.float32)
+    if name == "scale":
+        return g.uniform(0.4, 0.9, shape).astype(np.float32)
+    if name == "var":
+        return g.uniform(0.3, 1.5, shape).astype(np.float32)
+    return (0.2 * g.standard_normal(shape)).astype(np.float32)  # bias, mean
+
+
+def normal(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Inputs and cotangents, by name."""
+    return _generator(name).standard_normal(shape).astype(np.float32)
+
+
+def sample(name: str, size: int, count: int = 2000) -> np.ndarray:
+    """Sorted positions of the values of a large array that a fixture keeps."""
+    return np.sort(_generator(name).choice(size, min(size, count), replace=False))
