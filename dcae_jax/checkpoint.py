@@ -59,12 +59,13 @@ def _shard_digest(
 
 def _digests(leaves: list[Array]) -> list[int]:
     """The digest of each leaf.  Each shard is summed where it lies: nothing is gathered."""
-    parts = [
-        [_shard_digest(s.data, *_position(s.index, x.shape)) for s in x.addressable_shards
-         if s.replica_id == 0]
-        for x in leaves
-    ]  # fmt: skip
-    local = [sum(int(v) for v in shards) for shards in jax.device_get(parts)]
+    with jax.set_mesh(None):  # a shard lies on one device, not on the mesh
+        parts = [
+            [_shard_digest(s.data, *_position(s.index, x.shape)) for s in x.addressable_shards
+             if s.replica_id == 0]
+            for x in leaves
+        ]  # fmt: skip
+        local = [sum(int(v) for v in shards) for shards in jax.device_get(parts)]
     return [int(v) % 2**32 for v in distributed.total(np.array(local, np.uint64))]
 
 
@@ -203,9 +204,13 @@ def _read_item(path: epath.Path, target: Tree) -> Tree:
         partial_restore=True,
     )
     try:
-        return handler.restore(path, args=args)
+        found = handler.restore(path, args=args)
     finally:
         handler.close()
+    paths, leaves = _paths(found)
+    if absent := [p for p, x in zip(paths, leaves, strict=True) if not isinstance(x, jax.Array)]:
+        raise ValueError(f"{absent[0]} is not in the item's metadata")
+    return found
 
 
 def _items(state: TrainState) -> dict[str, Tree]:
@@ -316,6 +321,8 @@ class Checkpoints:
             )  # fmt: skip
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policies.AnyPreservationPolicy(keep),
+            # Without it Orbax does not store the metrics, and a later start forgets the best.
+            best_fn=(lambda m: m[cfg.best]) if cfg.best else None,
             cleanup_tmp_directories=True,
             enable_async_checkpointing=True,
         )

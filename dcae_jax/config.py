@@ -227,9 +227,11 @@ def validate(cfg: RunConfig, device_count: int | None = None) -> None:
         found += cfg.task.run_problems(cfg)
     if device_count is not None and not found:
         found += _mesh_problems(cfg, device_count)
+    # A part may be asked twice, by its owner (who knows more of its path) and by `_parts`.
+    found = [p for p in dict.fromkeys(found) if not any(q.endswith(f".{p}") for q in found)]
     if found:
-        lines = "\n".join(f"  - {p}" for p in dict.fromkeys(found))
-        raise UserError(f"the config has {len(dict.fromkeys(found))} problem(s):\n{lines}")
+        lines = "\n".join(f"  - {p}" for p in found)
+        raise UserError(f"the config has {len(found)} problem(s):\n{lines}")
 
 
 def _mesh_problems(cfg: RunConfig, device_count: int) -> list[str]:
@@ -349,13 +351,18 @@ def diff(old: Any, new: Any) -> dict[str, tuple[JSONValue, JSONValue]]:
 
 
 def to_config_dict(cfg: RunConfig) -> Any:
-    """An `ml_collections.FrozenConfigDict` of the config, for loggers and other tools."""
+    """An `ml_collections.FrozenConfigDict` of the config, for loggers and other tools.
+
+    A list of parts, which a ConfigDict cannot hold, becomes a dict: `evals["0"].n`.
+    """
     from ml_collections import FrozenConfigDict
 
     def plain(value: JSONValue) -> JSONValue:
         if isinstance(value, dict):
             return {k: plain(v) for k, v in value.items() if k != "class"}
-        return [plain(v) for v in value] if isinstance(value, list) else value
+        if isinstance(value, list) and any(isinstance(v, dict) for v in value):
+            return {str(i): plain(v) for i, v in enumerate(value)}
+        return value
 
     return FrozenConfigDict(plain(to_json(cfg)))
 

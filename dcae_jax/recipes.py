@@ -16,13 +16,14 @@ from dcae_jax.config import (
     RunConfig,
 )
 from dcae_jax.data.pipeline import DataConfig, Transform
-from dcae_jax.data.sources import TfdsConfig
+from dcae_jax.data.sources import FolderConfig, MixtureConfig, PhotosConfig, TfdsConfig
 from dcae_jax.errors import UserError
 from dcae_jax.evals.reconstruct import ReconstructConfig
 from dcae_jax.models.dcae import DCAEConfig, Remat, from_scratch
 from dcae_jax.tasks.autoencode import AdversarialConfig, AutoencodeConfig, LossConfig, Phase
 
 LOW, HIGH = 256, 1024
+AnySource = PhotosConfig | FolderConfig | TfdsConfig | MixtureConfig
 
 
 def choose(arg: str, phases: tuple[str, ...] = ("phase1", "phase2", "phase3")) -> int:
@@ -37,6 +38,19 @@ def dcae_phase(arg: str, model: DCAEConfig, name: str) -> RunConfig:
     number = choose(arg)
     cfg = [_low_res_full, _high_res_latent, _low_res_local][number - 1](from_scratch(model))
     cfg.name = f"{name} {arg}"
+    return cfg
+
+
+def use_source(
+    cfg: RunConfig, source: AnySource, train: str = "train", test: str = "test"
+) -> RunConfig:
+    """The run on other data: training and every evaluation read `source`; returns `cfg`.
+
+    All hold the same object, so one flag (--config.data.source.path=...) changes it everywhere.
+    """
+    cfg.data.source, cfg.data.split = source, train
+    for evaluator in cfg.evals:
+        evaluator.data.source, evaluator.data.split = source, test
     return cfg
 
 
@@ -83,7 +97,7 @@ def _low_res_local(model: DCAEConfig) -> RunConfig:
 
 
 def _common(model: DCAEConfig, resolution: int, phase: Phase) -> RunConfig:
-    return RunConfig(
+    run = RunConfig(
         task=AutoencodeConfig(phase=phase, model=model, losses=LossConfig(l1=1.0, lpips=0.25)),
         data=_imagenet(resolution, "train"),
         ema=EmaConfig(decays=(0.9999,), warmup_steps=2000),
@@ -94,12 +108,13 @@ def _common(model: DCAEConfig, resolution: int, phase: Phase) -> RunConfig:
             for size, n in ((LOW, 2048), (HIGH, 256))
         ],
     )
+    return use_source(run, TfdsConfig(name="imagenet2012"), test="validation")
 
 
 def _imagenet(resolution: int, split: str) -> DataConfig:
     training = split == "train"
     return DataConfig(
-        source=TfdsConfig(name="imagenet2012"), split=split, resolution=resolution,
+        split=split, resolution=resolution,
         transform=Transform.random_resized_crop if training else Transform.center_crop,
         area=(0.5, 1.0), flip=training, threads=16, workers=8 if training else 0, cache_mb=0,
     )  # fmt: skip

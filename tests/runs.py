@@ -1,5 +1,6 @@
 """Starts tiny runs (tests/configs/tiny_run.py), in this process or in real ones, and reads them."""
 
+import atexit
 import contextlib
 import hashlib
 import json
@@ -104,13 +105,15 @@ def command(arg, workdir, *options):
 
 def start(arg, workdir, *options, **env):
     """A real process of main.py; its output goes to one pipe."""
-    return subprocess.Popen(
+    process = subprocess.Popen(
         command(arg, workdir, *options), cwd=ROOT, env=environment(**env), text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
+    atexit.register(process.kill)  # a failed test must not leave it running
+    return process
 
 
-def finish(process, timeout=240):
+def finish(process, timeout=500):
     """(exit code, output) of a process from `start`."""
     try:
         text, _ = process.communicate(timeout=timeout)
@@ -141,7 +144,10 @@ def target(cfg, count=1):
     mesh = sharding.make_mesh(cfg.mesh, jax.devices()[:count])
     abstract = jax.eval_shape(lambda: step.init_state(task, cfg, rng.key(cfg.seed, 0, "init")))
     placed = sharding.state_shardings(abstract, mesh, cfg.mesh)
-    make = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
+
+    def make(x, s):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
+
     return jax.tree.map(make, abstract, placed)
 
 
@@ -154,7 +160,10 @@ def state(arg, workdir, **changes):
     manager.close()
     assert set(steps(workdir)) == before, "reading moved a damaged checkpoint"
     flat, _ = jax.tree_util.tree_flatten_with_path(jax.device_get(found))
-    name = lambda p: jax.tree_util.keystr(p, simple=True, separator="/")
+
+    def name(p):
+        return jax.tree_util.keystr(p, simple=True, separator="/")
+
     return {name(p): np.asarray(x) for p, x in flat}, meta
 
 
@@ -176,7 +185,9 @@ def assert_same_run(arg, one, other, **changes):
     assert rows_a.keys() == rows_b.keys()
     for k in rows_a:
         # Rows drawn are counted per start of the process.
-        skip = lambda r: {n: v for n, v in r.items() if not n.startswith("data/")}
+        def skip(r):
+            return {n: v for n, v in r.items() if not n.startswith("data/")}
+
         assert skip(rows_a[k]) == skip(rows_b[k]), k
 
 

@@ -1,6 +1,6 @@
 """Look at every record of a config's data: counts, sizes, bad files, labels, read speed.
 
-  python -m dcae_jax data-check --config=configs/demo.py:phase1 [--config.data.source.path=...]
+  python -m dcae_jax data-check --config=configs/folder.py:phase1 [--config.data.source.path=...]
 
 Every record is decoded once. Exit code 1 when more than data.max_bad_fraction of them are bad.
 """
@@ -70,6 +70,9 @@ def main(argv: list[str]) -> int:
     limit = flags.DEFINE_integer("limit", 0, "look at so many records only, spread evenly; 0: all")
     duplicates = flags.DEFINE_bool("duplicates", False, "also name records with equal pixels")
     seconds = flags.DEFINE_float("seconds", 5.0, "how long the read speed is measured")
+    if {"-h", "--help"} & set(argv):
+        print(f"{__doc__}\n{flags.FLAGS.module_help(__name__)}")
+        return 0
     config_flag.parse(["python -m dcae_jax data-check", *argv])
     cfg = config.value
     checks = check(cfg.data, limit=limit.value, duplicates=duplicates.value)

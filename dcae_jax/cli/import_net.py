@@ -27,6 +27,7 @@ class Published(NamedTuple):
 
     @property
     def name(self) -> str:
+        """The file's own name, the end of its address."""
         return self.url.rsplit("/", 1)[1]
 
 

@@ -64,9 +64,12 @@ def fit_pca(blocks: UInt8[np.ndarray, "m d"] | Iterable[UInt8[np.ndarray, "_ d"]
     """The k leading principal components of `blocks`: an array, or chunks of one.
 
     Costs d^2 memory twice in float64 (75 MB each for 32 x 32 blocks), 0.1 ms a block and some
-    seconds for the eigenvectors.  Fewer blocks than k + 1 give fewer components: as many as the
-    blocks span.
+    seconds for the eigenvectors.  An array of fewer blocks than dimensions (64 x 64 blocks have
+    12,288) costs their number squared instead.  Fewer blocks than k + 1 give fewer components: as
+    many as the blocks span.
     """
+    if isinstance(blocks, np.ndarray) and 0 < len(blocks) < blocks.shape[1]:
+        return _fit_few(blocks, k)
     chunks = [blocks] if isinstance(blocks, np.ndarray) else blocks
     count, total, scatter = 0, None, None
     for chunk in chunks:
@@ -85,6 +88,18 @@ def fit_pca(blocks: UInt8[np.ndarray, "m d"] | Iterable[UInt8[np.ndarray, "_ d"]
     covariance = scatter / count - np.outer(mean, mean)
     components = _leading(covariance, min(k, count - 1))
     return Pca((mean + 127.5).astype(np.float32), components.astype(np.float32))
+
+
+def _fit_few(blocks: UInt8[np.ndarray, "m d"], k: int) -> Pca:
+    """The same through the m x m matrix of inner products, which shares its eigenvalues."""
+    x = blocks.astype(np.float32) - 127.5
+    mean = x.mean(axis=0, dtype=np.float64).astype(np.float32)
+    x -= mean
+    directions = _leading((x @ x.T).astype(np.float64), min(k, len(x) - 1)).astype(np.float32) @ x
+    lengths = np.linalg.norm(directions, axis=1, keepdims=True)
+    # Blocks that span less than k dimensions: what is left is rounding noise, not a direction.
+    spanned = lengths[:, 0] > 1e-4 * lengths.max(initial=0.0)
+    return Pca(mean + np.float32(127.5), directions[spanned] / lengths[spanned])
 
 
 def _leading(matrix: Float64[np.ndarray, "d d"], k: int) -> Float64[np.ndarray, "k d"]:

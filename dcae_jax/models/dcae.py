@@ -114,6 +114,9 @@ class DCAEConfig:
     head_dim: int = 32  # of the attention, and the pixels up to which it is quadratic
     last_norm_scale_init: float = 1.0  # of residual branches; released: 1, from scratch: 0.1
     batch_norm: BatchNormMode = BatchNormMode.frozen_stats
+    # With update: the stages that do ("decoder/stage_1"), the others stay frozen; None: all.
+    # A task sets those that it trains.
+    batch_norm_stages: tuple[str, ...] | None = None
     dtype: Dtype = Dtype.bfloat16  # of activations
     conv_dtype: Dtype | None = None  # of k x k convolutions; None: `dtype`
     depthwise: Depthwise = Depthwise.auto
@@ -129,16 +132,19 @@ class DCAEConfig:
         check_size(height, width, self.factor)
         return height // self.factor, width // self.factor, self.latent_channels
 
-    def options(self) -> BlockOptions:
-        """What all blocks share."""
+    def options(self, stage: str = "") -> BlockOptions:
+        """What all blocks share, with the BatchNorm mode of `stage`."""
         dtype = Dtype(self.dtype)
+        batch_norm = BatchNormMode(self.batch_norm)
+        if self.batch_norm_stages is not None and stage not in self.batch_norm_stages:
+            batch_norm = BatchNormMode.frozen_stats
         return BlockOptions(
             dtype=dtype,
             conv_dtype=dtype if self.conv_dtype is None else Dtype(self.conv_dtype),
             depthwise=Depthwise(self.depthwise),
             head_dim=self.head_dim,
             residual=self.residual,
-            batch_norm=BatchNormMode(self.batch_norm),
+            batch_norm=batch_norm,
             last_norm_scale_init=self.last_norm_scale_init,
         )
 
@@ -378,7 +384,8 @@ class Encoder(nn.Module):
         for s in stages:
             down_to = widths[s.index + 1] if s.index + 1 < len(widths) else None
             cls = _stage_class(EncoderStage, s.remat)
-            x = cls(s, down_to, kind, options, name=f"stage_{s.index}")(x)
+            name = f"stage_{s.index}"
+            x = cls(s, down_to, kind, cfg.options(f"encoder/{name}"), name=name)(x)
         conv = PrefixConv(widths[-1], cfg.latent_channels, options, name="conv_out")
         z = conv(x, latent_channels)
         if cfg.latent_shortcuts and cfg.residual:
@@ -405,7 +412,8 @@ class Decoder(nn.Module):
         for s in reversed(stages):
             cls = _stage_class(DecoderStage, s.remat)
             has_up = s.index + 1 < len(widths)
-            x = cls(s, has_up, kind, options, name=f"stage_{s.index}")(x)
+            name = f"stage_{s.index}"
+            x = cls(s, has_up, kind, cfg.options(f"decoder/{name}"), name=name)(x)
         x = ACTIVATIONS[Act(cfg.out_act)](RMSNorm(name="norm_out")(x))
         if cfg.decoder.first() == 0:
             tail = Conv(cfg.in_channels, options=options, name="conv_out")

@@ -44,10 +44,12 @@ class Phase:
 
     @property
     def ran(self) -> bool:
+        """Whether the workdir holds anything of a run."""
         return bool(self.rows or self.summary)
 
     @property
     def finished(self) -> bool:
+        """Whether the run reached its last step."""
         return bool(self.summary)
 
     @property
@@ -58,6 +60,7 @@ class Phase:
 
     @property
     def state(self) -> str:
+        """How far the run got, in words."""
         if self.finished:
             return "finished"
         return f"not finished, seen up to step {self.steps}" if self.ran else "not yet run"
@@ -139,6 +142,7 @@ def resolution(evaluator: str) -> int | None:
 
 
 def is_held_out(evaluator: str) -> bool:
+    """Whether an evaluator's images were not trained on, told from the end of its name."""
     return not evaluator.endswith("train")
 
 
@@ -173,6 +177,7 @@ def baseline_name(name: str) -> str:
 
 
 def metric_name(metric: str) -> str:
+    """What a metric is called in tables."""
     return _METRIC_NAMES.get(metric, metric)
 
 

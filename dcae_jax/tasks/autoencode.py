@@ -115,7 +115,14 @@ class AutoencodeConfig:
         return AutoencodeTask(self, run)
 
     def resolve(self, run: RunConfig) -> None:
-        """Nothing is derived from the run."""
+        """With batch_norm=update: only the stages that train may move their statistics."""
+        if self.model.batch_norm is BatchNormMode.update:
+            self.model.batch_norm_stages = tuple(
+                f"{side}/stage_{i}"
+                for side in ("encoder", "decoder")
+                for i in range(len(self.model.encoder.widths))
+                if re.fullmatch(self.trainable, f"ae/{side}/stage_{i}/block_0/norm/scale")
+            )
 
     def run_problems(self, run: RunConfig) -> list[str]:
         """Problems that this task sees in the whole run."""

@@ -125,3 +125,20 @@ def test_wrong_sizes_are_named() -> None:
         baselines.fit_pca(blocks, 49)
     with pytest.raises(ValueError, match="blocks of 48"):
         baselines.reconstruct(baselines.fit_pca(blocks, 2), _images(1, 16, 16), 8)
+
+
+def test_pca_of_few_blocks_is_that_of_the_covariance() -> None:
+    """Fewer blocks than dimensions take another way to the same components, up to their signs."""
+    blocks = baselines.to_blocks(_images(4, 32, 32), 8)
+    assert len(blocks) == 64 < blocks.shape[1] == 192
+    few, usual = baselines.fit_pca(blocks, 20), baselines.fit_pca(iter([blocks]), 20)
+    np.testing.assert_allclose(few.mean, usual.mean, atol=1e-4)  # f32 sums of 64 grey levels
+    # Subspaces, since neighbouring eigenvalues lie close; f32 products of values up to 128.
+    for k in (1, 5, 20):
+        a, b = few.first(k).components, usual.first(k).components
+        np.testing.assert_allclose(np.linalg.svd(a @ b.T)[1], 1.0, atol=1e-3)
+
+
+def test_pca_of_equal_blocks_has_no_components() -> None:
+    blocks = np.repeat(baselines.to_blocks(_images(1, 8, 8), 8), 6, axis=0)
+    assert len(baselines.fit_pca(blocks, 3).components) == 0

@@ -16,11 +16,16 @@ from dcae_jax.models import layers as L
 from dcae_jax.models.layers import Act, BlockOptions, Norm
 
 EPS = 1e-5
-G = np.random.default_rng(0)
+_generators: dict[str, np.random.Generator] = {}
+
+
+@pytest.fixture(autouse=True)
+def _same_numbers_whatever_ran_before() -> None:
+    _generators["test"] = np.random.default_rng(0)
 
 
 def draw(*shape: int) -> np.ndarray:
-    return G.standard_normal(shape)
+    return _generators["test"].standard_normal(shape)
 
 
 def variables(module: nn.Module, x: np.ndarray) -> Any:
@@ -210,7 +215,8 @@ def test_batch_norm_update_uses_the_whole_sharded_batch() -> None:
     apply = jax.jit(lambda v, x: norm.apply(v, x, mutable=["batch_stats"]))
     rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
     sharded, single = apply(v, jax.device_put(f32(x), rows)), apply(v, f32(x))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), sharded, single)
+    # Values of order 1, their sums in another order: some float32 roundings.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=5e-6), sharded, single)
 
 
 @pytest.mark.parametrize("act", list(Act))

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -159,25 +160,29 @@ def test_remat_changes_neither_the_tree_nor_the_numbers(remat: Remat | tuple[Rem
 # -------------------------------------------------------------------------------------- switches
 
 
-def test_without_residual_only_the_shortcuts_between_stages_go() -> None:
-    """With every convolution but the stem and the tail at zero, shortcuts are the only way."""
+EVERYWHERE = r"^(?!encoder/conv_in|decoder/conv_out|decoder/norm_out)"
+AT_LATENT = r"^(encoder/conv_out|decoder/conv_in)"
+
+
+@pytest.mark.parametrize("cut", [EVERYWHERE, AT_LATENT], ids=["everywhere", "at the latent"])
+def test_without_residual_the_shortcuts_between_stages_go(cut: str) -> None:
+    """Past convolutions whose weights are zero, the shortcuts are the only way."""
     cfg = tiny()
     plain = copy.deepcopy(cfg)
     plain.residual = False
     variables, x = init(cfg), image()
     assert paths(dcae.abstract_variables(plain)) == paths(variables)
-    through = ("encoder/conv_in", "decoder/conv_out", "decoder/norm_out")
 
     def keep(path: Any, leaf: jax.Array) -> jax.Array:
         name = "/".join(k.key for k in path[1:])
-        return leaf if name.startswith(through) else jnp.zeros_like(leaf)
+        return jnp.zeros_like(leaf) if re.match(cut, name) else leaf
 
-    cut = jax.tree_util.tree_map_with_path(keep, variables)
+    dead = jax.tree_util.tree_map_with_path(keep, variables)
 
     @jax.jit
     def varies() -> Any:
-        z = [c.build().apply(cut, x, method="encode") for c in (cfg, plain)]
-        y = [c.build().apply(cut, z[0], method="decode") for c in (cfg, plain)]
+        z = [c.build().apply(dead, x, method="encode") for c in (cfg, plain)]
+        y = [c.build().apply(dead, z[0], method="decode") for c in (cfg, plain)]
         return [v.std(0).max() for v in (*z, *y)]  # from image to image
 
     z_with, z_without, y_with, y_without = varies()

@@ -14,9 +14,11 @@ from dcae_jax.report import flops
 from dcae_jax.tasks.autoencode import Phase
 
 CASES = [
-    (Phase.high_res_latent, Norm.rms), (Phase.high_res_latent, Norm.batch),
-    (Phase.low_res_local, Norm.rms), (Phase.low_res_local, Norm.batch),
-]  # fmt: skip
+    (Phase.high_res_latent, Norm.rms),
+    (Phase.high_res_latent, Norm.batch),
+    (Phase.low_res_local, Norm.rms),
+    (Phase.low_res_local, Norm.batch),
+]
 
 
 def config(phase, norm=Norm.rms):
@@ -82,11 +84,15 @@ def test_a_trainable_batch_norm_in_update_mode_moves_its_statistics():
 @pytest.mark.parametrize("phase", [Phase.high_res_latent, Phase.low_res_local])
 def test_promise_4_no_optimizer_leaf_for_frozen_parameters(phase):
     trainer = tiny.Trainer(config(phase))
-    trainable, frozen = tree.partition(trainer.state.params["ae"], tiny.TRAINABLE[phase][3:] if tiny.TRAINABLE[phase].startswith("ae/") else ".*")  # fmt: skip
+    trainable, frozen = tree.partition(
+        trainer.state.params["ae"],
+        tiny.TRAINABLE[phase][3:] if tiny.TRAINABLE[phase].startswith("ae/") else ".*",
+    )
     paths = [
         jax.tree_util.keystr(p, simple=True, separator="/")
-        for p, x in jax.tree_util.tree_flatten_with_path(trainer.state.opt["ae"])[0] if x.ndim
-    ]  # fmt: skip
+        for p, x in jax.tree_util.tree_flatten_with_path(trainer.state.opt["ae"])[0]
+        if x.ndim
+    ]
     moments = 2 * len(tree.flatten(trainable))
     assert len([p for p in paths if "/ae/" in f"/{p}"]) == moments
     assert not [p for p in paths for f in tree.flatten(frozen) if p.endswith(f"ae/{f}")]
@@ -103,7 +109,9 @@ def ops(phase, pattern=None):
     trainer = tiny.Trainer(cfg)
     from dcae_jax import step as step_lib
 
-    fn = lambda s, b: step_lib.loss_and_grads(trainer.task, cfg, s, {}, b)[1]["ae"]
+    def fn(s, b):
+        return step_lib.loss_and_grads(trainer.task, cfg, s, {}, b)[1]["ae"]
+
     batch = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in tiny.batch(cfg).items()}
     return flops.count(fn, trainer.state, batch).total
 

@@ -35,7 +35,9 @@ def is_finite(state):
 
 
 @pytest.mark.parametrize("phase", list(Phase))
-@pytest.mark.parametrize("where, value", [("image", np.nan), ("image", np.inf), ("weight", -np.inf)])
+@pytest.mark.parametrize(
+    "where, value", [("image", np.nan), ("image", np.inf), ("weight", -np.inf)]
+)
 def test_promise_8_a_bad_step_changes_nothing_but_the_counter(phase, where, value, monkeypatch):
     if (where, value) != ("image", np.nan) and phase is not Phase.low_res_local:
         pytest.skip("the GAN phase has all objectives; one kind of poison for the others")
@@ -46,7 +48,9 @@ def test_promise_8_a_bad_step_changes_nothing_but_the_counter(phase, where, valu
     assert trainer.train(1, first=1)["nonfinite"] == 1
     after = jax.device_get(trainer.state)
     assert after.step == before.step + 1
-    pairs = zip(jax.tree.leaves(before), jax.tree.leaves(after.replace(step=before.step)), strict=True)  # fmt: skip
+    pairs = zip(
+        jax.tree.leaves(before), jax.tree.leaves(after.replace(step=before.step)), strict=True
+    )
     assert all(a.tobytes() == b.tobytes() for a, b in pairs)
     assert trainer.train(1, first=2)["nonfinite"] == 0
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(jax.device_get(trainer.state)))
@@ -66,16 +70,21 @@ def test_promise_8_a_gradient_alone_is_enough():
 
     from dcae_jax import step
 
-    trainer.task.objectives = (trainer.task.objectives[0].__class__(
-        "ae", loss, trainer.task.objectives[0].trainable, trainer.task.objectives[0].optim
-    ),)  # fmt: skip
+    trainer.task.objectives = (
+        trainer.task.objectives[0].__class__(
+            "ae", loss, trainer.task.objectives[0].trainable, trainer.task.objectives[0].optim
+        ),
+    )
     trainer._step = step.make_train_step(trainer.task, cfg, (), trainer.shardings)
     before = jax.device_get(trainer.state.params)
     metrics = trainer.train(1)
     assert np.isfinite(metrics["loss"]) and not np.isfinite(metrics["ae/grad_norm"])
     assert metrics["nonfinite"] == 1
     after = jax.device_get(trainer.state.params)
-    assert all(a.tobytes() == b.tobytes() for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True))  # fmt: skip
+    assert all(
+        a.tobytes() == b.tobytes()
+        for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
+    )
 
 
 def test_promise_8_stop_saves_the_last_good_state(monkeypatch, tmp_path, capsys):

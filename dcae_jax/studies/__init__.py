@@ -1,0 +1,1 @@
+"""Studies: small sets of runs that together answer one question, made by one command each."""

@@ -1,0 +1,140 @@
+"""optim.py: the learning rate against closed forms, and AdamW against an independent one."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dcae_jax import optim, tree
+from dcae_jax.config import GroupConfig, OptimConfig, Schedule
+
+STEPS = 110
+# One float32 rounding of each of the few operations that make up a rate.
+RATE = 1e-6
+
+
+def rate(step, **fields):
+    return float(optim.learning_rate(OptimConfig(lr=2e-3, **fields), STEPS, step))
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        # Constant from the first step on.
+        ({}, {0: 2e-3, 57: 2e-3, 109: 2e-3}),
+        # Warm-up: step k has (k + 1) / 10 of it, so the first step moves and the tenth is full.
+        ({"warmup_steps": 10}, {0: 2e-4, 4: 1e-3, 9: 2e-3, 109: 2e-3}),
+        # from 0.5 to 1: 0.5 + 0.5 (k + 1) / 10.
+        ({"warmup_steps": 10, "warmup_from": 0.5}, {0: 1.1e-3, 4: 1.5e-3, 9: 2e-3}),
+        # Cosine over the 100 steps behind the warm-up, down to 0.1: half way at step 60.
+        (
+            {"warmup_steps": 10, "schedule": Schedule.cosine, "end_lr": 0.1},
+            {10: 2e-3, 60: 2e-3 * 0.55, 85: 2e-3 * (0.1 + 0.45 * (1 + math.cos(0.75 * math.pi))),
+             110: 2e-4, 500: 2e-4},
+        ),
+        ({"schedule": Schedule.linear, "end_lr": 0.2}, {0: 2e-3, 55: 2e-3 * 0.6, 110: 4e-4}),
+        # A late start: nothing before, then warm-up and decay are counted from there.
+        (
+            {"start_step": 50, "warmup_steps": 10, "schedule": Schedule.linear},
+            {0: 0.0, 49: 0.0, 50: 2e-4, 59: 2e-3, 85: 1e-3, 110: 0.0},
+        ),
+    ],
+)  # fmt: skip
+def test_learning_rate_at_chosen_steps(fields, expected):
+    for step, value in expected.items():
+        assert rate(step, **fields) == pytest.approx(value, rel=RATE, abs=1e-12), step
+
+
+def test_learning_rate_is_the_same_traced():
+    cfg = OptimConfig(lr=1e-3, warmup_steps=7, schedule=Schedule.cosine)
+    traced = jax.jit(lambda k: optim.learning_rate(cfg, STEPS, k))
+    for step in (0, 6, 7, 50, 109):
+        assert float(traced(step)) == pytest.approx(
+            float(optim.learning_rate(cfg, STEPS, step)), rel=RATE
+        )
+
+
+GROUPS = [GroupConfig("bias$", lr=2.0, weight_decay=0.0), GroupConfig("conv", lr=0.5)]
+
+
+def test_groups_the_first_match_counts():
+    cfg = OptimConfig(lr=1e-3, weight_decay=0.1, groups=GROUPS)
+    assert optim.group_of(cfg, "ae/conv/bias") == ("bias$", 2.0, 0.0)
+    assert optim.group_of(cfg, "ae/conv/kernel") == ("conv", 0.5, 1.0)
+    assert optim.group_of(cfg, "ae/head/kernel") == ("(default)", 1.0, 1.0)
+    rows = optim.table(cfg, params())
+    assert sorted(rows) == [
+        ("(default)", 12, 1e-3, 0.1), ("bias$", 3, 2e-3, 0.0), ("conv", 6, 5e-4, 0.1)
+    ]  # fmt: skip
+
+
+def test_the_default_decays_neither_biases_nor_scales():
+    cfg = OptimConfig(weight_decay=0.1)
+    decay = {path: optim.group_of(cfg, path)[2] for path in ("a/bias", "a/scale", "a/kernel")}
+    assert decay == {"a/bias": 0.0, "a/scale": 0.0, "a/kernel": 1.0}
+
+
+def params():
+    gen = np.random.default_rng(0)
+    shapes = {"ae/conv/bias": (3,), "ae/conv/kernel": (2, 3), "ae/head/kernel": (3, 4)}
+    flat = {k: gen.normal(size=s).astype(np.float32) for k, s in shapes.items()}
+    return tree.unflatten(flat)
+
+
+def gradients(k, scale):
+    gen = np.random.default_rng([1, k])
+    return {p: scale * gen.normal(size=x.shape) for p, x in tree.flatten(params()).items()}
+
+
+def numpy_adamw(steps, scale, *, lr, b1, b2, eps, decay, clip, multipliers):
+    """Loshchilov and Hutter's AdamW (arXiv 1711.05101, algorithm 2) in float64, with clipping."""
+    p = {k: x.astype(np.float64) for k, x in tree.flatten(params()).items()}
+    m, v = ({k: np.zeros_like(x) for k, x in p.items()} for _ in range(2))
+    for t in range(1, steps + 1):
+        grads = gradients(t, scale)
+        norm = math.sqrt(sum((g**2).sum() for g in grads.values()))
+        shrink = min(1.0, clip / norm) if clip else 1.0
+        for k, g in grads.items():
+            g = g * shrink
+            m[k] = b1 * m[k] + (1 - b1) * g
+            v[k] = b2 * v[k] + (1 - b2) * g**2
+            step = (m[k] / (1 - b1**t)) / (np.sqrt(v[k] / (1 - b2**t)) + eps)
+            times_lr, times_decay = multipliers[k]
+            p[k] = p[k] - lr * times_lr * (step + decay * times_decay * p[k])
+    return p
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.7])
+@pytest.mark.parametrize("decay", [0.0, 0.3])
+def test_six_steps_of_adamw_against_numpy(clip, decay):
+    lr, scale, steps = 0.05, 0.4, 6  # gradient norms of about 1.8, so that 0.7 clips each of them
+    cfg = OptimConfig(
+        lr=lr, beta1=0.8, beta2=0.95, eps=1e-3, weight_decay=decay, clip_norm=clip, groups=GROUPS
+    )
+    current = jax.tree.map(jnp.asarray, params())
+    tx = optim.make(cfg, current)
+    state = tx.init(current)
+    for t in range(1, steps + 1):
+        grads = tree.unflatten(
+            {k: jnp.asarray(g, jnp.float32) for k, g in gradients(t, scale).items()}
+        )
+        updates, state = tx.update(grads, state, current)
+        rate = optim.learning_rate(cfg, steps, t - 1)
+        current = jax.tree.map(lambda p, u, r=rate: p - r * u, current, updates)
+    expected = numpy_adamw(
+        steps, scale, lr=lr, b1=0.8, b2=0.95, eps=1e-3, decay=decay, clip=clip,
+        multipliers={"ae/conv/bias": (2.0, 0.0), "ae/conv/kernel": (0.5, 1.0),
+                     "ae/head/kernel": (1.0, 1.0)},
+    )  # fmt: skip
+    for path, found in tree.flatten(current).items():
+        # float32 against float64: a few roundings of 6e-8 in each of six steps.
+        np.testing.assert_allclose(found, expected[path], rtol=3e-6, atol=1e-6, err_msg=path)
+
+
+def test_optimizer_state_exists_for_the_trainable_partition_only():
+    trainable, _ = tree.partition(params(), ".*/head/.*")
+    state = optim.make(OptimConfig(), trainable).init(trainable)
+    arrays = [x for x in jax.tree.leaves(state) if x.ndim]
+    assert sorted(x.shape for x in arrays) == [(3, 4), (3, 4)]  # both moments of the one kernel

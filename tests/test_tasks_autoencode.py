@@ -1,0 +1,108 @@
+"""The Autoencode task: bottlenecks, running statistics, the adaptive weight, late starts."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+
+from dcae_jax import config, tree
+from dcae_jax.models.layers import BatchNormMode, Norm
+from dcae_jax.tasks.autoencode import Bottleneck, Phase
+
+
+def stats_of(trainer):
+    return tree.flatten(jax.device_get(trainer.state.stats))
+
+
+@pytest.mark.parametrize("mode", BatchNormMode)
+def test_only_trained_stages_move_their_running_statistics(mode):
+    cfg = tiny.run(Phase.low_res_local, norm=Norm.batch)
+    cfg.task.adversarial.lecam = 0.0
+    cfg.task.model.decoder.norms = (Norm.batch,) * 3
+    cfg.task.model.decoder.blocks = (cfg.task.model.decoder.blocks[0],) * 3
+    cfg.task.model.batch_norm = mode
+    config.validate(config.resolve(cfg))
+    trainer = tiny.Trainer(cfg)
+    before = stats_of(trainer)
+    trainer.train(1)
+    after = stats_of(trainer)
+    moved = {p for p in before if not np.array_equal(before[p], after[p])}
+    trained = {p for p in before if "decoder/stage_1" in p}
+    assert trained and trained < before.keys()
+    assert moved == (trained if mode is BatchNormMode.update else set())
+
+
+def test_microbatches_are_refused_with_batch_statistics():
+    cfg = tiny.run(norm=Norm.batch)
+    cfg.task.model.batch_norm, cfg.microbatches = BatchNormMode.update, 2
+    with pytest.raises(config.UserError, match="batch_norm=update"):
+        config.validate(config.resolve(cfg))
+
+
+def test_adaptive_weight_is_the_ratio_of_the_accumulated_norms():
+    cfg = tiny.run(Phase.low_res_local)
+    cfg.microbatches = 4
+    trainer = tiny.Trainer(cfg)
+    metrics, grads = trainer.grads()
+    rec, adv = (float(optax.tree.norm(grads["ae"][t])) for t in ("rec", "adv"))
+    total, found = trainer.task.objectives[0].combine(grads["ae"], jnp.int32(5))
+    expected = 0.5 * rec / (adv + 1e-4)
+    assert float(found["ae/adaptive_weight"]) == pytest.approx(expected, rel=1e-6)
+    leaf = jax.tree.leaves(total)[0]
+    parts = [jax.tree.leaves(grads["ae"][t])[0] for t in ("rec", "adv")]
+    np.testing.assert_allclose(leaf, parts[0] + expected * parts[1], rtol=1e-5)
+
+
+@pytest.mark.parametrize(("step", "share"), [(0, 0.0), (2, 0.0), (3, 0.25), (5, 0.75), (9, 1.0)])
+def test_the_autoencoder_sees_the_discriminator_late_and_slowly(step, share):
+    cfg = tiny.run(Phase.low_res_local)
+    adversarial = cfg.task.adversarial
+    adversarial.start_step, adversarial.warmup_steps, adversarial.adaptive = 3, 4, False
+    combine = cfg.task.build(cfg).objectives[0].combine
+    one = {"w": jnp.ones(3)}
+    total, found = combine({"rec": one, "adv": one}, jnp.int32(step))
+    assert float(found["ae/adaptive_weight"]) == pytest.approx(0.5 * share)
+    np.testing.assert_allclose(total["w"], 1 + 0.5 * share, rtol=1e-6)
+
+
+@pytest.mark.parametrize("bottleneck", [Bottleneck.kl, Bottleneck.noise])
+def test_bottleneck_noise_is_drawn_once_on_the_global_batch(bottleneck):
+    found = []
+    for microbatches in (1, 4):
+        cfg = tiny.run()
+        cfg.task.bottleneck, cfg.microbatches = bottleneck, microbatches
+        cfg.task.losses.noise, cfg.task.losses.kl = 2.0, 0.1
+        found.append(tiny.Trainer(cfg).grads()[0])
+    for name in found[0]:
+        np.testing.assert_allclose(found[1][name], found[0][name], rtol=1e-5, err_msg=name)
+    plain = tiny.Trainer(tiny.run()).grads()[0]
+    assert abs(plain["loss"] - found[0]["loss"]) > 1e-3  # the noise does something
+
+
+def test_kl_is_that_of_a_unit_variance_posterior():
+    cfg = tiny.run()
+    cfg.task.bottleneck = Bottleneck.kl
+    metrics = tiny.Trainer(cfg).grads()[0]
+    # KL(N(mu, 1) || N(0, 1)) = mu^2 / 2 per element.
+    assert metrics["loss_kl"] == pytest.approx(0.5 * metrics["latent_ms"], rel=1e-6)
+
+
+def test_a_discriminator_that_starts_late_does_not_move_before():
+    cfg = tiny.run(Phase.low_res_local)
+    cfg.task.adversarial.optim.start_step = 2
+    trainer = tiny.Trainer(cfg)
+    before = jax.device_get(trainer.state.params["disc"])
+    metrics = trainer.train(2)
+    assert metrics["disc/update_norm"] == 0
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(trainer.state.params["disc"]), before)
+    assert trainer.train(1, first=2)["disc/update_norm"] > 0
+
+
+def test_warnings_name_a_discriminator_that_has_won_or_stands_still():
+    task = (cfg := tiny.run(Phase.low_res_local)).task.build(cfg)
+    healthy = {"disc/loss": 0.8, "disc/update_norm": 0.1, "disc/lr": 1e-4}
+    assert task.warnings(healthy) == []
+    assert "has won" in task.warnings(healthy | {"disc/loss": 0.001})[0]
+    assert "do not move" in task.warnings(healthy | {"disc/update_norm": 0.0})[0]
