@@ -46,7 +46,7 @@ ablation: $(READY)  ## what residual autoencoding and phase 2 bring, measured he
 	$(BIN)/python -m dcae_jax ablation --out runs/ablation
 
 bench: $(READY)  ## speed on this machine
-	$(BIN)/python -m dcae_jax bench
+	$(BIN)/python -m dcae_jax bench autoencoder
 
 clean:  ## remove .venv (runs/ stays)
 	rm -rf $(VENV)

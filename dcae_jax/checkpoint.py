@@ -9,6 +9,7 @@ step is moved to `checkpoints_damaged/`.
 import contextlib
 import hashlib
 import json
+import logging as stdlib_logging
 import shutil
 from dataclasses import dataclass
 from typing import Any
@@ -286,6 +287,11 @@ def _read_weights(
 # ---------------------------------------------------------------------------------------- manager
 
 
+def _once(record: stdlib_logging.LogRecord) -> bool:
+    """Drops Orbax's tracebacks: it logs each error and raises it too, and it is told once."""
+    return not (record.exc_info and "orbax" in record.pathname)
+
+
 class _Manager(ocp.CheckpointManager):
     """Orbax's manager, which asks jax's preemption service with step numbers at each save.
 
@@ -304,6 +310,7 @@ class Checkpoints:
         self.folder = epath.Path(workdir) / "checkpoints"
         self._damaged = epath.Path(workdir) / "checkpoints_damaged"
         self._cfg = cfg
+        logging.get_absl_logger().addFilter(_once)
         self._manager = self._open()
         self._last: int | None = None  # step that was saved or restored last, the newest there is
 
@@ -365,9 +372,11 @@ class Checkpoints:
 
     def _write_error(self, step: int | None, e: Exception) -> UserError:
         which = "the last checkpoint" if step is None else f"checkpoint {step}"
+        text = str(e).strip()  # the reason stands at the end, behind long paths
+        text = text if len(text) < 300 else f"{text[:100]} ... {text[-200:]}"
         return UserError(
-            f"{which} could not be written to {self.folder}: {type(e).__name__}: "
-            f"{str(e).strip()[:300]}\nSafe on disk: steps {self.steps() or 'none'}. Make room (or "
+            f"{which} could not be written to {self.folder}: {type(e).__name__}: {text}\n"
+            f"Safe on disk: steps {self.steps() or 'none'}. Make room (or "
             "mend what the message says) and run the same command again: it resumes from there."
         )
 

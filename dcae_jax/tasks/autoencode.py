@@ -365,7 +365,9 @@ class AutoencodeTask:
         """What the report's table says of this phase."""
         params, _ = jax.eval_shape(self.init, jax.random.key(0))
         trained, frozen = tree.partition({"ae": params["ae"]}, self.cfg.trainable)
+        losses = self.cfg.losses
         return {
+            **({"lpips": lpips.info(losses.lpips_file)} if losses.lpips else {}),
             "phase": self.cfg.phase.value,
             "trained": ", ".join(tree.by_module(trained, depth=2)),
             "n_trained": tree.size(trained),

@@ -41,7 +41,8 @@ def init(cfg: DCAEConfig) -> Any:
 
 @functools.cache
 def _init(cfg: DCAEConfig) -> Any:
-    return jax.jit(lambda key: dcae.init_variables(cfg, key))(jax.random.key(0))
+    key = jax.random.key(0, impl="rbg")  # compiles many times as fast as the default generator
+    return jax.jit(lambda key: dcae.init_variables(cfg, key))(key)
 
 
 def paths(tree: Any) -> list[str]:

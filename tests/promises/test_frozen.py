@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tiny
 
-from dcae_jax import tree
+from dcae_jax import step, tree
 from dcae_jax.models.dcae import BatchNormMode
 from dcae_jax.models.layers import Norm
 from dcae_jax.report import flops
@@ -81,84 +81,74 @@ def test_a_trainable_batch_norm_in_update_mode_moves_its_statistics():
     assert stats and all(before[k].tobytes() != after[k].tobytes() for k in stats)
 
 
-@pytest.mark.parametrize("phase", [Phase.high_res_latent, Phase.low_res_local])
-def test_promise_4_no_optimizer_leaf_for_frozen_parameters(phase):
-    trainer = tiny.Trainer(config(phase))
-    trainable, frozen = tree.partition(
-        trainer.state.params["ae"],
-        tiny.TRAINABLE[phase][3:] if tiny.TRAINABLE[phase].startswith("ae/") else ".*",
-    )
-    paths = [
-        jax.tree_util.keystr(p, simple=True, separator="/")
-        for p, x in jax.tree_util.tree_flatten_with_path(trainer.state.opt["ae"])[0]
-        if x.ndim
-    ]
-    moments = 2 * len(tree.flatten(trainable))
-    assert len([p for p in paths if "/ae/" in f"/{p}"]) == moments
-    assert not [p for p in paths for f in tree.flatten(frozen) if p.endswith(f"ae/{f}")]
-
-
 # ------------------------------------------------------------------------------------- no backward
 
 
-def ops(phase, pattern=None):
-    """(FLOPs of a step's gradients, shapes of what the gradients are of)."""
+def abstract(phase, pattern=None):
+    """(task, config, shapes of the state, shapes of a batch): nothing is compiled."""
     cfg = config(phase)
-    if pattern:
-        cfg.task.trainable = pattern
-    trainer = tiny.Trainer(cfg)
-    from dcae_jax import step as step_lib
-
-    def fn(s, b):
-        return step_lib.loss_and_grads(trainer.task, cfg, s, {}, b)[1]["ae"]
-
+    cfg.task.trainable = pattern or cfg.task.trainable
+    task = cfg.task.build(cfg)
+    state = jax.eval_shape(lambda: step.init_state(task, cfg, jax.random.key(0)))
     batch = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in tiny.batch(cfg).items()}
-    return flops.count(fn, trainer.state, batch).total
+    return task, cfg, state, batch
+
+
+def gradient_flops(pattern):
+    """FLOPs of the gradients of phase 1 with this part trainable; products and convolutions."""
+    task, cfg, state, batch = abstract(Phase.low_res_full, pattern)
+    return flops.count(
+        lambda s, b: step.loss_and_grads(task, cfg, s, {}, b)[1]["ae"], state, batch
+    ).total
 
 
 def forward_flops():
-    cfg = config(Phase.low_res_full)
-    trainer = tiny.Trainer(cfg)
-    model = trainer.task.model
+    """(encoder, decoder) on the same batch."""
+    task, cfg, state, _ = abstract(Phase.low_res_full)
     image = jax.ShapeDtypeStruct((cfg.batch, 32, 32, 3), np.float32)
-    variables = {"params": trainer.state.params["ae"]}
-    encode = flops.count(lambda v, x: model.apply(v, x, method="encode"), variables, image).total
-    latent = jax.eval_shape(lambda v, x: model.apply(v, x, method="encode"), variables, image)
-    decode = flops.count(lambda v, z: model.apply(v, z, method="decode"), variables, latent).total
-    return encode, decode
+    variables = {"params": state.params["ae"]}
+
+    def encode(v, x):
+        return task.model.apply(v, x, method="encode")
+
+    def decode(v, z):
+        return task.model.apply(v, z, method="decode")
+
+    latent = jax.eval_shape(encode, variables, image)
+    counts = flops.count(encode, variables, image), flops.count(decode, variables, latent)
+    return counts[0].total, counts[1].total
 
 
 def test_promise_4_no_backward_of_frozen_parts():
-    """Counted against closed forms: forward F, and of the backward only what is needed.
-
-    A frozen encoder before a trained decoder costs its forward and nothing more; a frozen decoder
-    behind a trained encoder costs its forward and one product per product (towards its input).
+    """Counted against closed forms: what a frozen part costs is its forward and, if something
+    before it trains, one product per product towards its input; never a gradient of its weights.
     """
     encode, decode = forward_flops()
-    everything = ops(Phase.low_res_full)
-    only_decoder = ops(Phase.low_res_full, "ae/decoder/.*")
-    only_encoder = ops(Phase.low_res_full, "ae/encoder/.*")
-    # All of the encoder's backward is gone: two products per forward product, except that the first
-    # convolution never propagates to the image.
-    saved = everything - only_decoder
-    first = ops_of_first_convolution()
-    # The attention's recomputed normaliser and the elementwise work are not counted as products.
-    assert saved == pytest.approx(2 * encode - first, rel=0.06)
-    # Only the weight gradients of the decoder are gone.
-    assert everything - only_encoder == pytest.approx(decode, rel=0.15)
-    head = ops(Phase.low_res_full, "ae/decoder/conv_out/.*")
+    everything = gradient_flops("ae/.*")
     last = 2 * 4 * 32 * 32 * 9 * 8 * 3  # batch 4, 32 px, 3x3, 8 -> 3 channels
-    assert head == encode + decode + last  # one weight gradient, and no propagation at all
+    # Only the last convolution trains: both forwards, its weight gradient, and nothing else.
+    assert gradient_flops("ae/decoder/conv_out/.*") == encode + decode + last
+    # A frozen encoder before the decoder: both products of its backward are gone, except those that
+    # training it does not need either (towards the image, towards the attention's row of ones).
+    assert 1.7 * encode < everything - gradient_flops("ae/decoder/.*") < 2 * encode
+    # A frozen decoder behind the encoder: of each product with weights one is gone.
+    assert 0.85 * decode < everything - gradient_flops("ae/encoder/.*") <= decode
 
 
-def ops_of_first_convolution():
-    return 2 * 4 * 16 * 16 * 9 * 3 * (8 // 4)  # down-block stem: conv 3 -> 2 at 32 px, unshuffled
+@pytest.mark.parametrize("phase", [Phase.high_res_latent, Phase.low_res_local])
+def test_promise_4_gradients_are_of_the_trainable_partition_only(phase):
+    task, cfg, state, batch = abstract(phase)
+    _, grads = jax.eval_shape(lambda s, b: step.loss_and_grads(task, cfg, s, {}, b), state, batch)
+    wanted = {k for k in tree.flatten(state.params) if re.fullmatch(tiny.TRAINABLE[phase], k)}
+    for term in grads["ae"].values():
+        assert tree.flatten(term).keys() == wanted
 
 
-def test_weights_of_phase_2_are_not_differentiated_in_the_jaxpr():
-    """No kernel gradient of a frozen module: no equation yields an array of such a unique shape."""
-    cfg = config(Phase.high_res_latent)
-    trainer = tiny.Trainer(cfg)
-    _, grads = trainer.grads()
-    found = {f"{k}" for k in tree.flatten(grads["ae"]["rec"])}
-    assert found and all(re.fullmatch(tiny.TRAINABLE[Phase.high_res_latent], k) for k in found)
+@pytest.mark.parametrize("phase", [Phase.high_res_latent, Phase.low_res_local])
+def test_promise_4_no_optimizer_leaf_for_frozen_parameters(phase):
+    _, _, state, _ = abstract(phase)
+    trained = [k for k in tree.flatten(state.params) if re.fullmatch(tiny.TRAINABLE[phase], k)]
+    flat, _ = jax.tree_util.tree_flatten_with_path(state.opt["ae"])
+    paths = [jax.tree_util.keystr(p, simple=True, separator="/") for p, x in flat if x.ndim]
+    # Two moments of each trainable parameter.
+    assert sorted(p[p.index("ae/") :] for p in paths) == sorted(2 * trained)
