@@ -23,7 +23,7 @@ from etils import epath
 from jaxtyping import Array, UInt32
 from orbax.checkpoint import checkpoint_managers as policies
 
-from dcae_jax import distributed
+from dcae_jax import distributed, provenance
 from dcae_jax.config import CheckpointConfig, JSONValue
 from dcae_jax.errors import UserError
 from dcae_jax.step import TrainState, ema_name
@@ -248,7 +248,7 @@ def load_weights(source: str, targets: dict[str, Tree], prefer_ema: bool) -> Wei
 
 
 def _find_source(source: str) -> tuple[epath.Path, list[int]]:
-    path = epath.Path(source)
+    path = provenance.absolute(source)
     if path.name.isdigit() and path.exists():
         return path.parent, [int(path.name)]
     for folder in (path / "checkpoints", path):

@@ -67,7 +67,7 @@ def train(
 
     0: done.  1: stopped by a non-finite loss (the last good state is saved).  42: preempted, saved.
     """
-    path = epath.Path(workdir)
+    path = provenance.absolute(workdir)
     mesh = sharding.make_mesh(cfg.mesh)
     with jax.set_mesh(mesh), _disk_errors(path), provenance.lock(path):
         if provenance.is_finished(path, cfg, force):
@@ -118,7 +118,7 @@ def evaluate(
     cfg: RunConfig, workdir: str, preemption: distributed.Preemption, force: bool = False
 ) -> int:
     """Runs every evaluator of the config on the newest checkpoint of `workdir`."""
-    path = epath.Path(workdir)
+    path = provenance.absolute(workdir)
     if checkpoint.newest_meta(path) is None:
         raise UserError(f"{path} has no checkpoints; train first, or give the workdir of a run")
     mesh = sharding.make_mesh(cfg.mesh)
@@ -202,7 +202,9 @@ def _weights(
         say(f"weights: own workdir, step {meta['step']} of {cfg.steps} (resume)")
         return state, shardings, meta
     with progress.working("initialising", enabled=distributed.is_main()):
-        state = jax.jit(fresh, out_shardings=shardings)()
+        # It runs once: on a CPU compiling it well takes 19 s of the demo's time, and plainly 5.
+        plainly = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else {}
+        state = jax.jit(fresh, out_shardings=shardings, compiler_options=plainly)()
     if cfg.init_from is None:
         say("weights: from scratch (no checkpoint in the workdir, init_from not set)")
         return state, shardings, {}

@@ -1,4 +1,4 @@
-"""The documents say what is true: paths, tests, targets, and the walk of one image through the code.
+"""The documents say what is true: paths, tests, targets, and the walk of one image.
 
 `python tests/test_docs.py` writes the line numbers of WORKSPACE.md's table anew.
 """
@@ -218,12 +218,12 @@ def find_crop(image, crop):
     return None
 
 
-def test_follow_one_image(tmp_path, monkeypatch):
+def test_follow_one_image(tmp_path):
     """Row 3 of step 2, from its record to the parameters that it moved, hop by hop."""
     import jax
     import jax.numpy as jnp
-
     import tiny
+
     from dcae_jax import config, sharding, step
     from dcae_jax.data import pipeline, transforms
     from dcae_jax.data.pipeline import DataConfig, Transform
@@ -298,9 +298,8 @@ def test_follow_one_image(tmp_path, monkeypatch):
         before = jax.device_get((trainer.state.params, trainer.state.ema))
         state, metrics = trainer._step(trainer.state, {}, batch)
     after = jax.device_get((state.params, state.ema))
-    for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
-        assert new.dtype == np.float32
-    moved = jax.tree.map(lambda a, b: bool((a != b).any()), before[0], after[0])
+    assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(after))
+    moved = jax.tree.map(lambda a, b: bool((a != b).any()), before, after)
     assert all(jax.tree.leaves(moved)) and int(state.step) == 1
 
     # 10: metrics are separate outputs on the device, fetched when the next step already runs

@@ -3,6 +3,7 @@
 import ast
 import importlib.util
 import json
+import os
 import pathlib
 import re
 import statistics
@@ -141,8 +142,10 @@ def python(code, timeout=120):
     """What a fresh python prints (without this process's fake devices and import hooks)."""
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=timeout,
+        # The cache of compiled programs is passed on; it changes how long this takes, nothing else.
         env={"PATH": "/usr/bin:/bin", "JAX_PLATFORMS": "cpu", "HOME": str(pathlib.Path.home()),
-             "PYTHONPATH": str(ROOT)},
+             "PYTHONPATH": str(ROOT),
+             **{k: v for k, v in os.environ.items() if k.startswith("JAX_")}},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout

@@ -80,7 +80,8 @@ class Trainer:
             abstract = jax.eval_shape(lambda: step.init_state(self.task, cfg, key))
             self.shardings = sharding.state_shardings(abstract, self.mesh, cfg.mesh)
             self.state = jax.jit(
-                lambda: step.init_state(self.task, cfg, key), out_shardings=self.shardings
+                lambda: step.init_state(self.task, cfg, key), out_shardings=self.shardings,
+                compiler_options={"xla_backend_optimization_level": 0},  # it runs once
             )()
         self._step = step.make_train_step(self.task, cfg, (), self.shardings)
 

@@ -291,6 +291,7 @@ def pooled(result: Result) -> float:
 
 def run(settings: Settings, out: str, preemption: distributed.Preemption) -> Study:
     """Trains what is missing in `out`; raises Preempted when asked to stop."""
+    _check_devices(settings)
     _claim(epath.Path(out), settings)
     runner = Runner(settings, out, preemption)
     seed, *other_seeds = settings.seeds
@@ -308,6 +309,15 @@ def run(settings: Settings, out: str, preemption: distributed.Preemption) -> Stu
             runner.train(Arm(kind, settings.adapt_rate, again), base)
     closed_forms = {"constant": constant_baseline(settings), **runner.results[0].baselines}
     return Study(settings, runner.results, {k: a.rate for k, a in best.items()}, closed_forms)
+
+
+def _check_devices(settings: Settings) -> None:
+    count = jax.device_count()
+    if settings.batch % count or settings.adapt_batch % count:
+        raise UserError(
+            f"the ablation's batches of {settings.batch} and {settings.adapt_batch} do not divide "
+            f"among {count} devices; show it fewer, e.g. JAX_PLATFORMS=cpu"
+        )
 
 
 def _claim(out: epath.Path, settings: Settings) -> None:

@@ -140,7 +140,8 @@ def adaptation_findings(study: Study) -> list[str]:
         return ["Phase 2: an arm stopped at a loss that was not finite; nothing can be said."]
     s = study.settings
     beyond = [a - b for a, b in zip(gained, control, strict=True)]
-    shows = min(gained) > 0 and min(beyond) > 0 and _mean(beyond) > _spread(beyond)
+    # A mean above the spread is above zero on every seed.
+    shows = min(gained) > 0 and _mean(beyond) > _spread(beyond)
     sentence = (
         f"Phase 2: {s.adapt_steps} steps at {s.high} px change the held-out pooled PSNR by "
         f"{_mean(gained):+.2f} dB at {s.high} px and by {_mean(cost):+.2f} dB at {s.low} px "
