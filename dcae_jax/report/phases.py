@@ -25,7 +25,9 @@ from dcae_jax.report import progress, writers
 
 PHASES = ("phase1", "phase2", "phase3")  # folders of a three-phase run
 METRICS = ("psnr_pooled", "psnr", "ssim")  # shown first, in this order
-_METRIC_NAMES = {"psnr_pooled": "PSNR pooled", "psnr": "PSNR mean", "ssim": "SSIM"}
+_METRIC_NAMES = {
+    "psnr_pooled": "PSNR pooled", "psnr": "PSNR mean", "ssim": "SSIM", "n": "images"
+}  # fmt: skip
 _EVAL_KEY = re.compile(r"(?P<evaluator>.+)/(psnr|psnr_pooled|ssim)$")
 Number = float | int
 Scores = dict[str, dict[str, Number]]  # {evaluator or baseline: {metric: value}}
@@ -185,6 +187,8 @@ def score(metric: str, value: Number | None) -> str:
     """A number with the digits its metric deserves."""
     if value is None:
         return "–"
+    if metric == "n":
+        return f"{value:.0f}"
     return f"{value:.2f}" if metric.startswith("psnr") else f"{value:.3f}"
 
 
