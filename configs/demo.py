@@ -41,7 +41,7 @@ def get_config(arg: str = "phase1") -> RunConfig:
 def phase1() -> RunConfig:
     """Low-resolution full training: everything trains, no GAN."""
     cfg = common(LOW)
-    cfg.name, cfg.steps = "demo phase 1", 1100
+    cfg.name, cfg.steps = "demo phase 1", 800
     cfg.task.phase = Phase.low_res_full
     for closed_form in cfg.evals:
         closed_form.baselines = True  # once: they do not depend on the phase

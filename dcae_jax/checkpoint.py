@@ -90,8 +90,7 @@ def leaf_table(item: Tree, with_digest: bool = True) -> dict[str, JSONValue]:
     paths, leaves = _paths(item)
     digests = _digests(leaves) if with_digest else [0] * len(leaves)
     return {
-        p: [list(x.shape), str(x.dtype), d]
-        for p, x, d in zip(paths, leaves, digests, strict=True)
+        p: [list(x.shape), str(x.dtype), d] for p, x, d in zip(paths, leaves, digests, strict=True)
     }
 
 

@@ -188,9 +188,7 @@ class RunConfig:
         """Problems of the shared fields (those of the parts are gathered by `validate`)."""
         found = []
         if self.steps < 1:
-            found.append(
-                f"steps = {self.steps}; set --config.steps, the optimizer steps to train"
-            )
+            found.append(f"steps = {self.steps}; set --config.steps, the optimizer steps to train")
         if self.batch < 1:
             found.append(f"batch = {self.batch}; set --config.batch to the global batch size")
         if self.microbatches < 1:

@@ -17,9 +17,7 @@ from dcae_jax.config import OptimConfig, Schedule
 from dcae_jax.tree import Tree
 
 
-def learning_rate(
-    cfg: OptimConfig, steps: int, step: int | Int[Array, ""]
-) -> Float[Array, ""]:
+def learning_rate(cfg: OptimConfig, steps: int, step: int | Int[Array, ""]) -> Float[Array, ""]:
     """The rate at `step` (0-based) of a run of `steps`; 0 before `cfg.start_step`."""
     k = jnp.asarray(step - cfg.start_step, jnp.float32)
     warm = jnp.clip((k + 1) / max(cfg.warmup_steps, 1), 0.0, 1.0)

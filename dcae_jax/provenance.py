@@ -35,9 +35,7 @@ CADENCE = (
     r"|deterministic|init_from|init_weights"
 )
 # These make it another run: model shape, phase, data identity and order.
-IDENTITY = (
-    r"task\.(class|phase|model|bottleneck|trainable).*|data\..*|seed|batch|ema\.decays|class"
-)
+IDENTITY = r"task\.(class|phase|model|bottleneck|trainable).*|data\..*|seed|batch|ema\.decays|class"
 
 
 @functools.cache

@@ -296,8 +296,9 @@ class _Programs:
         """The executable; compiled at its first use."""
         if static not in self._compiled:
             run = self._run
-            with run.clock.pause("compile"), progress.working(
-                "compiling the train step", enabled=distributed.is_main()
+            with (
+                run.clock.pause("compile"),
+                progress.working("compiling the train step", enabled=distributed.is_main()),
             ):
                 self._compiled[static] = self._compile(static)
         return self._compiled[static]
@@ -477,4 +478,3 @@ def _close(run: Run) -> None:
         for writer in run.writers:
             stack.callback(writer.close)
         stack.callback(run.batches.close)
-

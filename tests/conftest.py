@@ -14,8 +14,8 @@ os.environ.setdefault(
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
-import jaxtyping  # noqa: E402
-from absl import flags  # noqa: E402
+import jaxtyping
+from absl import flags
 
 flags.FLAGS.mark_as_parsed()  # grain's workers read absl flags
 

@@ -45,7 +45,7 @@ def test_adaptive_weight_is_the_ratio_of_the_accumulated_norms():
     cfg = tiny.run(Phase.low_res_local)
     cfg.microbatches = 4
     trainer = tiny.Trainer(cfg)
-    metrics, grads = trainer.grads()
+    _, grads = trainer.grads()
     rec, adv = (float(optax.tree.norm(grads["ae"][t])) for t in ("rec", "adv"))
     total, found = trainer.task.objectives[0].combine(grads["ae"], jnp.int32(5))
     expected = 0.5 * rec / (adv + 1e-4)
@@ -96,7 +96,9 @@ def test_a_discriminator_that_starts_late_does_not_move_before():
     before = jax.device_get(trainer.state.params["disc"])
     metrics = trainer.train(2)
     assert metrics["disc/update_norm"] == 0
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(trainer.state.params["disc"]), before)
+    jax.tree.map(
+        np.testing.assert_array_equal, jax.device_get(trainer.state.params["disc"]), before
+    )
     assert trainer.train(1, first=2)["disc/update_norm"] > 0
 
 

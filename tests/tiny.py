@@ -51,7 +51,8 @@ def run(
     if phase is Phase.low_res_local:
         cfg.task.adversarial = AdversarialConfig(
             weight=0.5, warmup_steps=2, r1=0.1, lecam=0.1, lecam_decay=0.9,
-            discriminator=PatchGANConfig(width=8, layers=1, dtype=Dtype.float32), optim=OptimConfig(lr=1e-3),
+            discriminator=PatchGANConfig(width=8, layers=1, dtype=Dtype.float32),
+            optim=OptimConfig(lr=1e-3),
         )  # fmt: skip
     cfg.task.losses = LossConfig(l1=1.0, l2=0.5)
     config.validate(config.resolve(cfg))
@@ -80,7 +81,8 @@ class Trainer:
             abstract = jax.eval_shape(lambda: step.init_state(self.task, cfg, key))
             self.shardings = sharding.state_shardings(abstract, self.mesh, cfg.mesh)
             self.state = jax.jit(
-                lambda: step.init_state(self.task, cfg, key), out_shardings=self.shardings,
+                lambda: step.init_state(self.task, cfg, key),
+                out_shardings=self.shardings,
                 compiler_options={"xla_backend_optimization_level": 0},  # it runs once
             )()
         self._step = step.make_train_step(self.task, cfg, (), self.shardings)

@@ -151,9 +151,7 @@ class DCAEConfig:
     def stages(self, side: StagesConfig) -> list[Stage]:
         """The non-empty stages of one side, highest resolution first."""
         remat = side.remat or (self.remat,) * len(side.widths)
-        rows = zip(
-            side.widths, side.depths, side.blocks, side.norms, side.acts, remat, strict=True
-        )
+        rows = zip(side.widths, side.depths, side.blocks, side.norms, side.acts, remat, strict=True)
         return [
             Stage(i, w, d, BlockKind(b), Norm(n), Act(a), Remat(r))
             for i, (w, d, b, n, a, r) in enumerate(rows)

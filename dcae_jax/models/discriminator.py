@@ -61,9 +61,7 @@ class PatchGANConfig:
         """The network; UserError lists all problems."""
         if found := self.problems():
             raise UserError("this discriminator cannot be built:\n  - " + "\n  - ".join(found))
-        return PatchGAN(
-            self.width, self.layers, PatchNorm(self.norm), Dtype(self.dtype)
-        )
+        return PatchGAN(self.width, self.layers, PatchNorm(self.norm), Dtype(self.dtype))
 
 
 class PatchConv(nn.Module):

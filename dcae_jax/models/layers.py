@@ -287,9 +287,7 @@ def depthwise(
     x: Float[Array, "b h w c"], kernel: Float[Array, "k k 1 c"], how: Depthwise
 ) -> Float[Array, "b h w c"]:
     """A depthwise convolution in the asked form; `auto` goes by the default backend."""
-    shift = how is Depthwise.shift or (
-        how is Depthwise.auto and jax.default_backend() == "cpu"
-    )
+    shift = how is Depthwise.shift or (how is Depthwise.auto and jax.default_backend() == "cpu")
     return shift_depthwise(x, kernel) if shift else lax_depthwise(x, kernel)
 
 

@@ -248,9 +248,7 @@ class AutoencodeTask:
         if "ae" in variables.stats:
             tree_in["batch_stats"] = variables.stats["ae"]
         if self._training_stats and train:
-            (y, z), new = self.model.apply(
-                tree_in, images, method=forward, mutable=["batch_stats"]
-            )
+            (y, z), new = self.model.apply(tree_in, images, method=forward, mutable=["batch_stats"])
             return y, z, {"ae": new["batch_stats"]}
         y, z = self.model.apply(tree_in, images, method=forward)
         return y, z, {}
@@ -352,8 +350,10 @@ class AutoencodeTask:
         weights = [f"{name} {weight:g}" for name, weight in losses.items() if weight]
         if cfg.adversarial:
             a = cfg.adversarial
-            weights.append(f"adversarial {a.weight:g}{' x adaptive' if a.adaptive else ''} "
-                           f"from step {a.start_step}, warm-up {a.warmup_steps}")
+            weights.append(
+                f"adversarial {a.weight:g}{' x adaptive' if a.adaptive else ''} "
+                f"from step {a.start_step}, warm-up {a.warmup_steps}"
+            )
         lines.append("losses: " + ", ".join(weights))
         if not cfg.losses.lpips:
             lines.append("LPIPS is off: reconstructions are blurrier than with it")
@@ -385,8 +385,10 @@ class AutoencodeTask:
             return []
         found = []
         if metrics["disc/loss"] < 0.01:
-            found.append("the discriminator has won (its hinge loss is ~0): lower its rate, add r1 "
-                         "or lecam, or start it later")
+            found.append(
+                "the discriminator has won (its hinge loss is ~0): lower its rate, add r1 "
+                "or lecam, or start it later"
+            )
         if metrics["disc/update_norm"] == 0 and metrics["disc/lr"] > 0:
             found.append("the discriminator's parameters do not move though its rate is above 0")
         return found

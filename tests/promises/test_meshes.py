@@ -18,8 +18,8 @@ MICROBATCHES = [1, 4]
 REMATS = [Remat.none, Remat.block]
 PHASES = [Phase.low_res_full, Phase.high_res_latent, Phase.low_res_local]
 
-# f32 sums in another order; measured 1e-7 to 5e-7.  One draw or weight computed per microbatch instead
-# of per batch moves the gradients by 1e-2 and more.
+# f32 sums in another order; measured 1e-7 to 5e-7.  One draw or weight computed per microbatch
+# instead of per batch moves the gradients by 1e-2 and more.
 TOLERANCE = 1e-6
 
 
@@ -52,7 +52,10 @@ def config(phase, mesh=(1, 1, 1, False), microbatches=1, remat=Remat.none):
 
 def error(a, b):
     """|a - b| / |b| over all leaves."""
-    norm = lambda leaves: np.sqrt(sum(np.sum(np.square(x, dtype=np.float64)) for x in leaves))
+
+    def norm(leaves):
+        return np.sqrt(sum(np.sum(np.square(x, dtype=np.float64)) for x in leaves))
+
     a, b = jax.tree.leaves(a), jax.tree.leaves(b)
     return norm([x - y for x, y in zip(a, b, strict=True)]) / norm(b)
 
@@ -153,7 +156,11 @@ def test_parameters_are_really_sharded():
 
 def test_zero1_shards_optimizer_and_ema_but_not_parameters():
     trainer = tiny.Trainer(config(Phase.low_res_full, (8, 1, 1, True)), devices=8)
-    share = lambda t: sum(x.addressable_shards[0].data.size for x in jax.tree.leaves(t)) / tree.size(t)
+
+    def share(t):
+        local = sum(x.addressable_shards[0].data.size for x in jax.tree.leaves(t))
+        return local / tree.size(t)
+
     assert share(trainer.state.params) == 1
     assert share(trainer.state.ema) < 0.25 and share(trainer.state.opt) < 0.25
 
