@@ -74,7 +74,7 @@ def phase3() -> RunConfig:
     cfg.optim = OptimConfig(lr=1e-4, beta1=0.5, beta2=0.9, warmup_steps=10, clip_norm=1.0)
     cfg.task.adversarial = AdversarialConfig(
         weight=0.1, start_step=50, warmup_steps=50,
-        discriminator=PatchGANConfig(width=16, layers=3),
+        discriminator=PatchGANConfig(width=16, layers=3, dtype=Dtype.float32),
         optim=OptimConfig(lr=4e-4, beta1=0.5, beta2=0.9, warmup_steps=10, clip_norm=1.0),
     )  # fmt: skip
     return cfg
