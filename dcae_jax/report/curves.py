@@ -272,12 +272,14 @@ def _dress(axes: Any, title: str, last: int) -> None:
 
 
 def _borders(axes: Any, phases: Sequence[Phase], starts: Int[np.ndarray, "n"]) -> None:
-    """A line where a phase begins, its name above."""
-    transform = axes.get_xaxis_transform()
-    for start, phase in zip(starts, phases, strict=False):
+    """A line where a phase begins, above it its number and, if there is room, its name."""
+    transform, (_, last) = axes.get_xaxis_transform(), axes.get_xlim()
+    ends = [*starts[1:], last]
+    for number, (start, end, phase) in enumerate(zip(starts, ends, phases, strict=False), 1):
         if start:
             axes.axvline(start, color=_FAINT, lw=0.8, ls=(0, (2, 3)))
-        axes.text(start, 1.02, f" {phase.name}", transform=transform, fontsize=7.5, color=_FAINT)
+        label = f" {number}" + (f" {phase.name}" if end - start > 0.3 * last else "")
+        axes.text(start, 1.02, label, transform=transform, fontsize=7.5, color=_FAINT)
 
 
 def _legend(axes: Any, columns: int = 3) -> int:

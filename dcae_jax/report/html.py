@@ -7,6 +7,7 @@ is written down in phases.py.
 import base64
 import io
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -88,8 +89,10 @@ def _tree(phase: Phase) -> dict[str, Any]:
 
 
 def _title(found: Sequence[Phase]) -> str:
+    """What the names of the runs begin with in common: "demo" of "demo phase 1", "demo phase 2"."""
     names = [str(_tree(p)["name"]) for p in found if _tree(p).get("name")]
-    return names[0] if names else found[0].workdir.parent.name or str(found[0].workdir)
+    common = os.path.commonprefix(names).removesuffix("phase ").strip()
+    return common or found[0].workdir.parent.name or str(found[0].workdir)
 
 
 def _run_facts(found: Sequence[Phase]) -> list[tuple[str, str]]:

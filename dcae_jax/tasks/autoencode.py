@@ -365,11 +365,12 @@ class AutoencodeTask:
         """What the report's table says of this phase."""
         params, _ = jax.eval_shape(self.init, jax.random.key(0))
         trained, frozen = tree.partition({"ae": params["ae"]}, self.cfg.trainable)
+        modules = [name.removeprefix("ae/") for name in tree.by_module(trained, depth=3)]
         losses = self.cfg.losses
         return {
             **({"lpips": lpips.info(losses.lpips_file)} if losses.lpips else {}),
             "phase": self.cfg.phase.value,
-            "trained": ", ".join(tree.by_module(trained, depth=2)),
+            "trained": ", ".join(modules) if frozen else "everything",
             "n_trained": tree.size(trained),
             "n_frozen": tree.size(frozen),
         }
