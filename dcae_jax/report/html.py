@@ -6,8 +6,8 @@ is written down in phases.py.
 
 import base64
 import io
+import itertools
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -91,7 +91,8 @@ def _tree(phase: Phase) -> dict[str, Any]:
 def _title(found: Sequence[Phase]) -> str:
     """What the names of the runs begin with in common: "demo" of "demo phase 1", "demo phase 2"."""
     names = [str(_tree(p)["name"]) for p in found if _tree(p).get("name")]
-    common = os.path.commonprefix(names).removesuffix("phase ").strip()
+    letters = itertools.takewhile(lambda column: len(set(column)) == 1, zip(*names, strict=False))
+    common = "".join(column[0] for column in letters).strip().removesuffix("phase").strip()
     return common or found[0].workdir.parent.name or str(found[0].workdir)
 
 

@@ -58,17 +58,17 @@ class Settings:
     latent_channels: int = 64
     low: int = 128  # pixels
     high: int = 256
-    steps: int = 450  # of (a)
+    steps: int = 250  # of (a)
     batch: int = 8
-    warmup_steps: int = 40
+    warmup_steps: int = 30
     rates: tuple[float, ...] = (7e-4, 2e-3, 6e-3)  # rising, by equal factors
     seeds: tuple[int, ...] = (0, 1)  # the rate is chosen on the first one
-    adapt_steps: int = 120  # of (b)
+    adapt_steps: int = 80  # of (b)
     adapt_batch: int = 4  # at high resolution
     adapt_rate: float = 3e-4
     eval_low: int = 64  # held-out images
     eval_high: int = 32
-    points: int = 9  # of a curve, after step 0
+    points: int = 5  # of a curve, after step 0
     pca_images: int = 1024
     quick: bool = False
 
