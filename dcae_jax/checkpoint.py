@@ -236,7 +236,7 @@ def load_weights(source: str, targets: dict[str, Tree], prefer_ema: bool) -> Wei
     `targets` are abstract `params` and `stats`.  Only what the other run has in common at the top
     level (e.g. "ae" but not "disc") is read; within it the trees must agree.
     """
-    folder, wanted = _find_source(source)
+    folder, wanted = find_source(source)
     for step in wanted:
         try:
             meta = read_meta(folder, step)
@@ -246,7 +246,8 @@ def load_weights(source: str, targets: dict[str, Tree], prefer_ema: bool) -> Wei
     raise UserError(f"init_from: no valid checkpoint in {folder} (tried steps {wanted})")
 
 
-def _find_source(source: str) -> tuple[epath.Path, list[int]]:
+def find_source(source: str) -> tuple[epath.Path, list[int]]:
+    """(folder, steps newest first) of an `init_from`; UserError if there are none."""
     path = provenance.absolute(source)
     if path.name.isdigit() and path.exists():
         return path.parent, [int(path.name)]

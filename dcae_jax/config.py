@@ -10,6 +10,8 @@ import difflib
 import enum
 import importlib
 import json
+import math
+import re
 import types
 import typing
 from collections.abc import Iterator
@@ -52,6 +54,15 @@ class GroupConfig:
     weight_decay: float = 1.0  # times OptimConfig.weight_decay
 
 
+def _regex_problem(pattern: str) -> str:
+    """What is wrong with a regular expression; "" if nothing is."""
+    try:
+        re.compile(pattern)
+    except re.error as e:
+        return str(e)
+    return ""
+
+
 def _no_decay() -> list[GroupConfig]:
     return [GroupConfig(pattern=r"/(bias|scale)$", weight_decay=0.0)]
 
@@ -76,15 +87,33 @@ class OptimConfig:
     def problems(self) -> list[str]:
         """All problems of these values, each with its mend."""
         found = []
-        if self.lr <= 0:
+        if not (self.lr > 0 and math.isfinite(self.lr)):
             found.append(f"optim.lr = {self.lr} is not positive; choose one, e.g. 1e-4")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 found.append(f"optim.{name} = {getattr(self, name)} is not in [0, 1)")
+        found += [
+            f"optim.groups: {g.pattern!r} is not a regular expression ({why})"
+            for g in self.groups
+            if (why := _regex_problem(g.pattern))
+        ]
         for name in ("weight_decay", "warmup_steps", "clip_norm", "start_step"):
             if getattr(self, name) < 0:
                 found.append(f"optim.{name} = {getattr(self, name)} is negative; 0 switches it off")
         return found
+
+
+def _spec_problem(entry: str) -> str:
+    """What is wrong with one override of the parameter rule; "" if nothing is."""
+    pattern, arrow, axes = entry.partition("->")
+    if not arrow or not {a.strip() for a in axes.split(",")} <= {"data", "fsdp", "spatial", "None"}:
+        return (
+            f"mesh.specs: {entry!r} is not 'regex -> axis,None,...' with the axes data, fsdp, "
+            "spatial or None"
+        )
+    if why := _regex_problem(pattern.strip()):
+        return f"mesh.specs: {pattern.strip()!r} is not a regular expression ({why})"
+    return ""
 
 
 @dataclass(slots=True)
@@ -105,12 +134,7 @@ class MeshConfig:
         for name in ("fsdp", "spatial"):
             if getattr(self, name) < 1:
                 found.append(f"mesh.{name} = {getattr(self, name)}; the smallest is 1 (off)")
-        found += [
-            f"mesh.specs: {s!r} is not 'regex -> axis,None,...'"
-            for s in self.specs
-            if "->" not in s
-        ]
-        return found
+        return found + [p for entry in self.specs if (p := _spec_problem(entry))]
 
 
 @dataclass(slots=True)
@@ -122,11 +146,14 @@ class EmaConfig:
 
     def problems(self) -> list[str]:
         """All problems of these values, each with its mend."""
-        return [
+        found = [
             f"ema.decays has {d}; a decay is in (0, 1), e.g. 0.9999"
             for d in self.decays
             if not 0 < d < 1
         ]
+        if not self.warmup_steps >= 0:
+            found.append(f"ema.warmup_steps = {self.warmup_steps}; 0 switches the warm-up off")
+        return found
 
 
 @dataclass(slots=True)
@@ -195,6 +222,12 @@ class RunConfig:
             found.append(f"microbatches = {self.microbatches}; the smallest is 1 (no accumulation)")
         if self.report.every < 1:
             found.append(f"report.every = {self.report.every}; the smallest is 1")
+        scores = [e.name for e in self.evals]
+        if self.checkpoint.best and self.checkpoint.best.rpartition("/")[0] not in scores:
+            found.append(
+                f"checkpoint.best = {self.checkpoint.best!r} is no metric of an evaluator; name "
+                f"one as EVALUATOR/psnr, the evaluators are {', '.join(scores) or 'none'}"
+            )
         if self.task is None:
             found.append("task is not set; a config names what is trained, e.g. AutoencodeConfig()")
         return found

@@ -95,6 +95,10 @@ def _prefixes(cfg: Any) -> set[str]:
 
 
 def _explain(argv: Sequence[str], error: Exception) -> str:
+    if isinstance(error, IndexError):
+        error = IndexError(
+            "an index in [ ] is beyond the end of its list; --dry_run shows the lists"
+        )
     text = str(error).strip("\"'").splitlines()[0] if str(error) else type(error).__name__
     given = [a for a in argv[1:] if a.startswith(("--config.", "-config."))]
     return f"{text}\nin: {' '.join(given) or ' '.join(argv[1:])}"

@@ -165,14 +165,13 @@ def write_summary(
     names = [e.name for e in cfg.evals]
     record = {
         "name": cfg.name,
-        "steps": cfg.steps,
         "resolution": cfg.data.resolution,
         **task.summary(),
         **totals,
         "evals": {"before": _scores(rows, names), "after": _scores(rows[::-1], names)},
         "baselines": baselines,
+        "steps": cfg.steps,  # of the run, not of this attempt as in the totals
     }
-    record["steps"] = cfg.steps
     (workdir / "summary.json").write_text(json.dumps(record, indent=2))
 
 

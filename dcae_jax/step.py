@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from dcae_jax import optim, rng, tree
 from dcae_jax.config import EmaConfig, RunConfig
+from dcae_jax.errors import UserError
 from dcae_jax.tasks.base import Batch, Inputs, Metrics, Objective, Task, Variables
 from dcae_jax.tree import Tree
 
@@ -40,9 +41,17 @@ def ema_name(decay: float) -> str:
 def init_state(task: Task, cfg: RunConfig, key: PRNGKeyArray) -> TrainState:
     """A fresh state; traceable, so `jax.eval_shape` gives its shapes without memory."""
     params, stats = task.init(key)
-    opt = {}
+    opt: dict[str, Any] = {}
+    owner: dict[str, str] = {}
     for objective in task.objectives:
         trainable, _ = tree.partition(params, objective.trainable)
+        for path in tree.flatten(trainable):
+            if path in owner:
+                raise UserError(
+                    f"{path} is trained by both {owner[path]!r} and {objective.name!r}; make their "
+                    "patterns disjoint, e.g. task.trainable='ae/.*'"
+                )
+            owner[path] = objective.name
         opt[objective.name] = optim.make(objective.optim, trainable).init(trainable)
     return TrainState(
         step=jnp.zeros((), jnp.int32), params=params, stats=stats,

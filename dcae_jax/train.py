@@ -5,6 +5,7 @@ Resume, logging, evaluation, checkpoints and preemption are visible here; there 
 
 import contextlib
 import errno
+import json
 import math
 import os
 import time
@@ -123,11 +124,17 @@ def evaluate(
         raise UserError(f"{path} has no checkpoints; train first, or give the workdir of a run")
     mesh = sharding.make_mesh(cfg.mesh)
     with jax.set_mesh(mesh), _disk_errors(path), provenance.lock(path):
-        return _work(_start(cfg, path, mesh, preemption, force), _evaluate_all)
+        return _work(_start(cfg, path, mesh, preemption, force, record=False), _evaluate_all)
 
 
 def _evaluate_all(run: Run) -> int:
+    """Scores and grids into eval/ of the workdir; the record of the training stays as it is."""
     _evaluate(run, run.step(), every=True)
+    if distributed.is_main():
+        path = run.workdir / "eval" / f"{run.step():09d}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(run.scores, indent=2))
+        say(f"scores: {path}")
     return DONE
 
 
@@ -135,9 +142,13 @@ def _evaluate_all(run: Run) -> int:
 
 
 def _start(
-    cfg: RunConfig, workdir: epath.Path, mesh: Mesh, preemption: distributed.Preemption, force: bool
-) -> Run:
-    """Opens data and workdir, finds the weights, prints what is about to happen."""
+    cfg: RunConfig, workdir: epath.Path, mesh: Mesh, preemption: distributed.Preemption,
+    force: bool, record: bool = True,
+) -> Run:  # fmt: skip
+    """Opens data and workdir, finds the weights, prints what is about to happen.
+
+    With `record` False (evaluation) nothing is written into the training's record.
+    """
     data = pipeline.fingerprint(cfg.data)
     provenance.check(workdir, cfg, data, force, say)
     task = cfg.task.build(cfg)
@@ -146,7 +157,8 @@ def _start(
     constants = jax.device_put(task.constants(), sharding.replicated(mesh))
     checkpoints = checkpoint.Checkpoints(workdir, cfg.checkpoint)
     state, shardings, meta = _weights(cfg, workdir, mesh, task, checkpoints)
-    provenance.write(workdir, cfg, data)
+    if record:
+        provenance.write(workdir, cfg, data)
     first = int(jax.device_get(state.step))
     for line in describe_optimizers(task, state.params):
         say(line)
@@ -154,7 +166,7 @@ def _start(
         cfg=cfg, workdir=workdir, mesh=mesh, task=task, state=state, shardings=shardings,
         constants=constants,
         checkpoints=checkpoints, preemption=preemption,
-        writers=_writers(cfg, workdir, first),
+        writers=_writers(cfg, workdir if record else workdir / "eval", first, record),
         clock=progress.Clock(
             cfg.batch, first, devices=mesh.size, cores=os.cpu_count() or 1,
             carried=meta["clock"] if meta else {},
@@ -174,9 +186,11 @@ def _start(
     return run
 
 
-def _writers(cfg: RunConfig, workdir: epath.Path, first: int) -> list[writers.Writer]:
+def _writers(cfg: RunConfig, workdir: epath.Path, first: int, record: bool) -> list[writers.Writer]:
     if not distributed.is_main():
         return []
+    if not record:
+        return [writers.ImageWriter(workdir)]
     return writers.make_writers(
         workdir, first, tensorboard=cfg.report.tensorboard, wandb_project=cfg.report.wandb_project
     )
@@ -201,6 +215,8 @@ def _weights(
         state, meta = found
         say(f"weights: own workdir, step {meta['step']} of {cfg.steps} (resume)")
         return state, shardings, meta
+    if cfg.init_from is not None:
+        checkpoint.find_source(cfg.init_from)  # a wrong path is told before anything takes time
     with progress.working("initialising", enabled=distributed.is_main()):
         # It runs once: on a CPU compiling it well takes 19 s of the demo's time, and plainly 5.
         plainly = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else {}
@@ -329,7 +345,7 @@ def _profile(cfg: RunConfig, workdir: epath.Path, k: int) -> None:
     at, count = cfg.report.profile_at, cfg.report.profile_steps
     if at and k == at:
         jax.profiler.start_trace(os.fspath(workdir / "profile"))
-    if at and k == at + count:
+    if at and k == min(at + count, cfg.steps - 1) and k > at:
         jax.profiler.stop_trace()
 
 
@@ -369,7 +385,9 @@ def _log(run: Run, done: int, pending: list[Row], step_flops: float | None) -> N
         return
     rows = jax.device_get(pending)
     # In float64, so that rows that went through a checkpoint give the same mean.
-    means = {k: float(np.mean([float(r[k]) for r in rows])) for k in rows[0]}
+    # A config changed on resume may have added or removed a metric in the middle of the interval.
+    names = dict.fromkeys(k for row in rows for k in row)
+    means = {k: float(np.mean([float(r[k]) for r in rows if k in r])) for k in names}
     interval = run.clock.interval(done)
     memory = jax.local_devices()[0].memory_stats() or {}
     speed = interval.images_per_s
@@ -405,10 +423,14 @@ def _mfu(
 
 
 def _pauses_to_come(cfg: RunConfig, done: int) -> dict[str, int]:
-    rest = range(done + 1, cfg.steps + 1)
+    """Evaluations and checkpoints ahead (evaluations at the same step count as one pause)."""
+
+    def ahead(every: int) -> int:
+        return cfg.steps // every - done // every if every else 0
+
     return {
-        "eval": sum(any(e.due(k, cfg.steps) for e in cfg.evals) for k in rest),
-        "checkpoint": sum(k % cfg.checkpoint.every == 0 for k in rest),
+        "eval": max((ahead(e.every) for e in cfg.evals), default=0),
+        "checkpoint": ahead(cfg.checkpoint.every),
     }
 
 
@@ -446,7 +468,8 @@ def _save(run: Run, wait: bool = False) -> None:
             "clock": run.clock.totals(), "evaluated_at": run.evaluated_at, "scores": run.scores,
             "pending": rows, "bad_steps": run.bad_steps,
         }  # fmt: skip
-        run.checkpoints.save(run.state, meta, run.scores)
+        fresh = run.evaluated_at == run.step()
+        run.checkpoints.save(run.state, meta, run.scores if fresh else None)
         if wait:
             run.checkpoints.wait()
     run.saved_at = time.monotonic()

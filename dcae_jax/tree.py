@@ -25,7 +25,10 @@ def unflatten(flat: dict[str, Any]) -> Tree:
 
 def partition(tree: Tree, pattern: str) -> tuple[Tree, Tree]:
     """Splits into (leaves whose path fully matches the regex, the others)."""
-    regex = re.compile(pattern)
+    try:
+        regex = re.compile(pattern)
+    except re.error as e:
+        raise UserError(f"the pattern {pattern!r} is not a regular expression: {e}") from e
     flat = flatten(tree)
     hit = {k: v for k, v in flat.items() if regex.fullmatch(k)}
     if not hit:

@@ -10,6 +10,7 @@ import tiny
 from dcae_jax import config, tree
 from dcae_jax.models.layers import BatchNormMode, Norm
 from dcae_jax.tasks.autoencode import Bottleneck, Phase
+from dcae_jax.tasks.base import Inputs, Variables
 
 
 def stats_of(trainer):
@@ -108,3 +109,59 @@ def test_warnings_name_a_discriminator_that_has_won_or_stands_still():
     assert task.warnings(healthy) == []
     assert "has won" in task.warnings(healthy | {"disc/loss": 0.001})[0]
     assert "do not move" in task.warnings(healthy | {"disc/update_norm": 0.0})[0]
+
+
+def test_losses_of_both_players_against_numpy(monkeypatch):
+    """L1, L2, hinge, adversarial, R1 and LeCam from given reconstructions and a linear critic."""
+    cfg = tiny.run(Phase.low_res_local, batch=3, resolution=16)
+    cfg.task.adversarial.r1, cfg.task.adversarial.lecam = 0.7, 0.3
+    cfg.task.losses.l1, cfg.task.losses.l2 = 1.0, 0.5
+    task = cfg.task.build(cfg)
+    gen = np.random.default_rng(0)
+    x, y = gen.uniform(-1, 1, (2, 3, 16, 16, 3)).astype(np.float32)
+    z = gen.normal(size=(3, 4, 4, 4)).astype(np.float32)
+    w = gen.normal(size=(3,)).astype(np.float32)
+
+    def critic(params, images):  # logits are linear in the pixels, so R1 has a closed form
+        return (images * params["w"]).sum(-1, keepdims=True)
+
+    monkeypatch.setattr(task, "_logits", critic)
+    monkeypatch.setattr(task, "_apply", lambda *a, **k: (jnp.asarray(y), jnp.asarray(z), {}))
+    stats = {"lecam": {"real": jnp.float32(0.2), "fake": jnp.float32(-0.1)}}
+    variables = Variables({"ae": {}, "disc": {"w": jnp.asarray(w)}}, stats, {})
+    inputs = Inputs({"image": jnp.asarray(x), "weight": jnp.full((3,), 1 / 3)}, {})
+    ae, disc = (o.loss for o in task.objectives)
+    first = ae(variables, inputs, None)
+    second = disc(variables, inputs, {"fake": jnp.asarray(y)})
+
+    real, fake = (v.astype(np.float64) @ w for v in (x, y))
+    relu = lambda v: np.maximum(v, 0)  # noqa: E731
+    l1, l2 = np.abs(y - x).mean(), ((y - x) ** 2).mean()
+    hinge = 0.5 * (relu(1 - real).mean() + relu(1 + fake).mean())
+    # d mean(logits) / d image = w / (16 * 16) at each pixel.
+    r1 = 256 * np.sum((w.astype(np.float64) / 256) ** 2)
+    lecam = (relu(real + 0.1) ** 2).mean() + (relu(0.2 - fake) ** 2).mean()
+    expected = {
+        "loss_l1": l1, "loss_l2": l2, "loss": l1 + 0.5 * l2, "loss_adv": -fake.mean(),
+        "latent_ms": (z.astype(np.float64) ** 2).mean(),
+        "disc/loss": hinge, "disc/r1": r1, "disc/lecam": lecam,
+        "disc/logits_real": real.mean(), "disc/logits_fake": fake.mean(),
+    }  # fmt: skip
+    found = {**first.metrics, **second.metrics}
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert float(found[name]) == pytest.approx(value, rel=1e-5), name  # f32 sums of 2,304
+    assert float(first.terms["rec"]) == pytest.approx(l1 + 0.5 * l2, rel=1e-5)
+    assert float(first.terms["adv"]) == pytest.approx(-fake.mean(), rel=1e-5)
+    total = hinge + 0.5 * 0.7 * r1 + 0.3 * lecam
+    assert float(second.terms["disc"]) == pytest.approx(total, rel=1e-5)
+    anchors = second.stats["lecam"]
+    assert float(anchors["real"]) == pytest.approx(0.9 * 0.2 + 0.1 * real.mean(), rel=1e-5)
+    assert float(anchors["fake"]) == pytest.approx(-0.9 * 0.1 + 0.1 * fake.mean(), rel=1e-5)
+
+
+def test_a_phase_that_trains_a_part_refuses_to_train_everything():
+    cfg = tiny.run(Phase.high_res_latent)
+    cfg.task.trainable = "ae/.*"
+    with pytest.raises(config.UserError, match="as if everything trained"):
+        config.validate(cfg)

@@ -97,6 +97,8 @@ class Reconstruct:
             shown += _labelled(head, room, "held-out")
             poll()
         shown += self._training(variables)
+        if not shown:
+            return Report(summarise(total), {})
         grid = pictures.reconstruction_grid(
             np.stack([x for x, _, _ in shown]), np.stack([y for _, y, _ in shown]),
             [label for _, _, label in shown],

@@ -9,6 +9,7 @@ exception is `BlockOptions.last_norm_scale_init`, the scale of the norm that end
 """
 
 import enum
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -488,6 +489,10 @@ class ResBlock(nn.Module):
         return x + last_norm(self.norm, self.options)(y)
 
 
+# An f32 island: without it TPUs multiply in one bf16 pass and GPUs in TF32.
+_einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+
+
 def relu_attention(qkv: Float[Array, "b h w C"], head_dim: int) -> Float[Array, "b h w c"]:
     """Attention with relu(q) . relu(k) as the kernel, in f32 (products, sums and division).
 
@@ -500,14 +505,14 @@ def relu_attention(qkv: Float[Array, "b h w C"], head_dim: int) -> Float[Array, 
     heads = qkv.astype(jnp.float32).reshape(b, h * w, -1, 3, head_dim)
     q, k, v = jax.nn.relu(heads[..., 0, :]), jax.nn.relu(heads[..., 1, :]), heads[..., 2, :]
     if h * w > head_dim:
-        total = jnp.einsum("bmgd,bmge->bgde", k, v)
-        numerator = jnp.einsum("bngd,bgde->bnge", q, total)
-        denominator = jnp.einsum("bngd,bgd->bng", q, k.sum(1))[..., None]
+        total = _einsum("bmgd,bmge->bgde", k, v)
+        numerator = _einsum("bngd,bgde->bnge", q, total)
+        denominator = _einsum("bngd,bgd->bng", q, k.sum(1))[..., None]
         out = numerator / (denominator + ATTENTION_EPS)
     else:
-        weights = jnp.einsum("bngd,bmgd->bgnm", q, k)
+        weights = _einsum("bngd,bmgd->bgnm", q, k)
         weights = weights / (weights.sum(-1, keepdims=True) + ATTENTION_EPS)
-        out = jnp.einsum("bgnm,bmge->bnge", weights, v)
+        out = _einsum("bgnm,bmge->bnge", weights, v)
     return out.reshape(b, h, w, c // 3).astype(qkv.dtype)
 
 

@@ -27,6 +27,16 @@ from dcae_jax.tree import Tree
 Images = Float[Array, "b h w 3"]
 
 
+STEM = "ae/encoder/conv_in/kernel"  # frozen in every phase but the first
+
+
+def _matches(pattern: str, path: str) -> bool:
+    try:
+        return re.fullmatch(pattern, path) is not None
+    except re.error:
+        return False  # tree.partition tells what is wrong with it
+
+
 class Phase(enum.Enum):
     """The phases of section 3.2 of the paper."""
 
@@ -138,6 +148,12 @@ class AutoencodeConfig:
             found.append(
                 f"phase {phase.value} refines a trained autoencoder; set --config.init_from to the "
                 "workdir of the phase before it"
+            )
+        if phase is not Phase.low_res_full and _matches(self.trainable, STEM):
+            found.append(
+                f"phase {phase.value} trains a part only, but task.trainable = "
+                f"{self.trainable!r} matches {STEM}, as if everything trained; see "
+                "dcae_jax/recipes.py for the parts"
             )
         if phase is Phase.low_res_local and self.adversarial is None:
             found.append("phase low_res_local is adversarial; set task.adversarial")
@@ -292,7 +308,7 @@ class AutoencodeTask:
     def _combine(self, grads: dict[str, Tree], step: Int[Array, ""]) -> tuple[Tree, Metrics]:
         """g_rec + w g_adv with the adaptive weight in fp32, once per optimizer step."""
         cfg = self.cfg.adversarial
-        rec, adv = optax.tree.norm(grads["rec"]), optax.global_norm(grads["adv"])
+        rec, adv = optax.tree.norm(grads["rec"]), optax.tree.norm(grads["adv"])
         adaptive = jnp.clip(rec / (adv + 1e-4), 0.0, cfg.max_adaptive) if cfg.adaptive else 1.0
         ramp = jnp.clip((step - cfg.start_step + 1) / max(cfg.warmup_steps, 1), 0.0, 1.0)
         weight = cfg.weight * adaptive * jnp.where(step >= cfg.start_step, ramp, 0.0)

@@ -48,6 +48,17 @@ def test_promise_2_gan_phase(whole, tmp_path):
         assert any(path.startswith(part) for path in state), part
 
 
+@pytest.mark.parametrize(("before", "after"), [(0.1, 0.0), (0.0, 0.1)])
+def test_a_metric_may_vanish_or_appear_in_the_middle_of_an_interval(whole, tmp_path, before, after):
+    name, other = "task.adversarial.r1", {"init_from": str(whole)}
+    poll = 1 + 3 + 1 + 7 + 3  # after step 7, between the log lines of steps 6 and 9
+    assert runs.run("gan", tmp_path, poll=poll, **other, **{name: before}) == EXIT_PREEMPTED
+    assert runs.run("gan", tmp_path, **other, **{name: after}) == train.DONE
+    rows = runs.rows(tmp_path)
+    assert "train/disc/r1" in rows[9] and np.isfinite(rows[9]["train/disc/r1"])
+    assert ("train/disc/r1" in rows[12]) == (after > 0)
+
+
 def test_a_finished_run_does_nothing(whole, capsys):
     before = runs.digest(whole)
     begin = time.monotonic()
