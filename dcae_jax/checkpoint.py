@@ -23,7 +23,7 @@ from etils import epath
 from jaxtyping import Array, UInt32
 from orbax.checkpoint import checkpoint_managers as policies
 
-from dcae_jax import distributed, provenance
+from dcae_jax import distributed
 from dcae_jax.config import CheckpointConfig, JSONValue
 from dcae_jax.errors import UserError
 from dcae_jax.step import TrainState, ema_name
@@ -246,9 +246,15 @@ def load_weights(source: str, targets: dict[str, Tree], prefer_ema: bool) -> Wei
     raise UserError(f"init_from: no valid checkpoint in {folder} (tried steps {wanted})")
 
 
+def absolute(path: str) -> epath.Path:
+    """The path in a form that does not depend on the current folder (Orbax needs that)."""
+    whole = epath.Path(path).expanduser()
+    return whole if "://" in str(path) else whole.resolve()
+
+
 def find_source(source: str) -> tuple[epath.Path, list[int]]:
     """(folder, steps newest first) of an `init_from`; UserError if there are none."""
-    path = provenance.absolute(source)
+    path = absolute(source)
     if path.name.isdigit() and path.exists():
         return path.parent, [int(path.name)]
     for folder in (path / "checkpoints", path):

@@ -39,12 +39,6 @@ IDENTITY = r"task\.(class|phase|model|bottleneck|trainable).*|data\..*|seed|batc
 
 
 @functools.cache
-def absolute(workdir: str) -> epath.Path:
-    """The workdir as a path that does not depend on the current folder (Orbax needs that)."""
-    path = epath.Path(workdir).expanduser()
-    return path if "://" in str(workdir) else path.resolve()
-
-
 def versions() -> dict[str, str]:
     """Versions of this package and of those that the numbers depend on."""
     found = {"dcae_jax": dcae_jax.__version__, "python": sys.version.split()[0]}

@@ -68,7 +68,7 @@ def train(
 
     0: done.  1: stopped by a non-finite loss (the last good state is saved).  42: preempted, saved.
     """
-    path = provenance.absolute(workdir)
+    path = checkpoint.absolute(workdir)
     mesh = sharding.make_mesh(cfg.mesh)
     with jax.set_mesh(mesh), _disk_errors(path), provenance.lock(path):
         if provenance.is_finished(path, cfg, force):
@@ -119,7 +119,7 @@ def evaluate(
     cfg: RunConfig, workdir: str, preemption: distributed.Preemption, force: bool = False
 ) -> int:
     """Runs every evaluator of the config on the newest checkpoint of `workdir`."""
-    path = provenance.absolute(workdir)
+    path = checkpoint.absolute(workdir)
     if checkpoint.newest_meta(path) is None:
         raise UserError(f"{path} has no checkpoints; train first, or give the workdir of a run")
     mesh = sharding.make_mesh(cfg.mesh)
