@@ -61,7 +61,7 @@ class Settings:
     steps: int = 250  # of (a)
     batch: int = 8
     warmup_steps: int = 30
-    rates: tuple[float, ...] = (7e-4, 2e-3, 6e-3)  # rising, by equal factors
+    rates: tuple[float, ...] = (2.4e-4, 7e-4, 2e-3)  # rising, by equal factors
     seeds: tuple[int, ...] = (0, 1)  # the rate is chosen on the first one
     adapt_steps: int = 80  # of (b)
     adapt_batch: int = 4  # at high resolution

@@ -351,7 +351,8 @@ def test_sigterm_ends_the_command_saved_with_42(tmp_path) -> None:
     code, text = runs.finish(process)
     assert code == 42, text
     assert "the same command goes on from here" in text
-    assert runs.steps(tmp_path / "residual-lr7.0e-04-seed0")
+    first = f"residual-lr{ablation.Settings().rates[0]:.1e}-seed0"
+    assert runs.steps(tmp_path / first)
 
 
 def test_a_missing_out_is_wrong_usage(capsys) -> None:
