@@ -73,9 +73,8 @@ def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> M
 
 # ------------------------------------------------------------------------------------------- state
 
-SMALL = (
-    2**14
-)  # leaves below this many scalars are replicated: gathering them costs more than it saves
+# Leaves below this many scalars are replicated: gathering them costs more than it saves.
+SMALL = 2**14
 
 
 def param_spec(shape: tuple[int, ...], fsdp: int) -> PartitionSpec:

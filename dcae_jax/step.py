@@ -3,7 +3,7 @@
 `state[k+1] = step(state[k], batch(k), key(seed, k))`: nothing else enters.
 """
 
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from functools import partial
 from typing import Any
 
@@ -18,8 +18,6 @@ from dcae_jax.config import EmaConfig, RunConfig
 from dcae_jax.errors import UserError
 from dcae_jax.tasks.base import Batch, Inputs, Metrics, Objective, Task, Variables
 from dcae_jax.tree import Tree
-
-StepFn = Callable[["TrainState", Tree, Batch], tuple["TrainState", Metrics]]
 
 
 @flax.struct.dataclass
@@ -166,15 +164,23 @@ def _finite(metrics: Metrics) -> Array:
     return jnp.all(jnp.isfinite(jnp.stack(list(metrics.values()))))
 
 
+def _gradients(
+    task: Task, cfg: RunConfig, static: Hashable,
+    state: TrainState, constants: Tree, batch: Batch,
+) -> tuple[dict[str, dict[str, Tree]], Metrics, Tree]:  # fmt: skip
+    """What `accumulate` gives for the batch of `state.step`, prepared with that step's draws."""
+    key = rng.key(cfg.seed, state.step, "prepare")
+    inputs = task.prepare(key, batch, state.step, static)
+    variables = Variables(state.params, state.stats, constants)
+    return accumulate(task, variables, inputs, cfg.microbatches)
+
+
 def train_step(
     task: Task, cfg: RunConfig, static: Hashable,
     state: TrainState, constants: Tree, batch: Batch,
 ) -> tuple[TrainState, Metrics]:  # fmt: skip
     """One optimizer step on the global batch; a non-finite one leaves all but `step` unchanged."""
-    key = rng.key(cfg.seed, state.step, "prepare")
-    inputs = task.prepare(key, batch, state.step, static)
-    variables = Variables(state.params, state.stats, constants)
-    grads, metrics, changed = accumulate(task, variables, inputs, cfg.microbatches)
+    grads, metrics, changed = _gradients(task, cfg, static, state, constants, batch)
     stats = {**state.stats, **changed}
     params, opt = dict(tree.flatten(state.params)), {}
     for objective in task.objectives:
@@ -207,8 +213,5 @@ def loss_and_grads(
     task: Task, cfg: RunConfig, state: TrainState, constants: Tree, batch: Batch
 ) -> tuple[dict[str, Float[Array, "..."]], Tree]:
     """Metrics and accumulated gradients of a step, without an update (tests, FLOP counts)."""
-    key = rng.key(cfg.seed, state.step, "prepare")
-    inputs = task.prepare(key, batch, state.step, task.static(0))
-    variables = Variables(state.params, state.stats, constants)
-    grads, metrics, _ = accumulate(task, variables, inputs, cfg.microbatches)
+    grads, metrics, _ = _gradients(task, cfg, task.static(0), state, constants, batch)
     return metrics, grads
