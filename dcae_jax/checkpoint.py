@@ -141,6 +141,15 @@ def newest_meta(workdir: epath.Path) -> Meta | None:
     return None
 
 
+def source_meta(source: str) -> Meta:
+    """As `newest_meta`, of a workdir or step directory that must have one."""
+    folder, steps = find_source(source)
+    for step in steps:
+        with contextlib.suppress(DamagedCheckpoint):
+            return read_meta(folder, step)
+    raise UserError(f"no valid checkpoint in {folder} (tried steps {steps})")
+
+
 def read_meta(folder: epath.Path, step: int) -> Meta:
     """The JSON of a step; raises DamagedCheckpoint if it is not there or not what was written."""
     path = folder / str(step) / "meta" / "metadata"
@@ -243,7 +252,7 @@ def load_weights(source: str, targets: dict[str, Tree], prefer_ema: bool) -> Wei
             return _read_weights(folder, step, meta, targets, prefer_ema)
         except DamagedCheckpoint as e:
             logging.warning("checkpoint %s of %s is damaged: %s", step, folder, e)
-    raise UserError(f"init_from: no valid checkpoint in {folder} (tried steps {wanted})")
+    raise UserError(f"no valid checkpoint in {folder} (tried steps {wanted})")
 
 
 def absolute(path: str) -> epath.Path:
@@ -262,9 +271,22 @@ def find_source(source: str) -> tuple[epath.Path, list[int]]:
             return folder, steps[::-1]
     what = "does not exist" if not path.exists() else "has no checkpoints"
     raise UserError(
-        f"init_from = {source!r} {what}; give the workdir of a finished phase, or one step "
-        "directory of it (WORKDIR/checkpoints/STEP)"
+        f"{source!r} {what}; give the workdir of a run or of an import, or one step directory of "
+        "it (WORKDIR/checkpoints/STEP)"
     )
+
+
+def has_steps(path: epath.Path) -> bool:
+    """Whether `find_source` finds checkpoints there."""
+    step = path.name.isdigit() and path.exists()
+    return step or any(_steps(folder) for folder in (path / "checkpoints", path))
+
+
+def workdir_of(source: str) -> epath.Path:
+    """The workdir of what `find_source` accepts."""
+    path = absolute(source)
+    path = path.parent if path.name.isdigit() else path
+    return path.parent if path.name == "checkpoints" else path
 
 
 def _read_weights(
@@ -282,7 +304,7 @@ def _read_weights(
     for item, target in want.items():
         # Parts of the checkpoint that this run does not have (a discriminator, say) are left there.
         problems = [p for p in compare(item, saved[item], target) if "but not needed" not in p]
-        _refuse(f"init_from {folder / str(step)}", problems)
+        _refuse(f"{folder / str(step)}", problems)
     found = _read_items(folder, step, meta, want)
     found = found["ema"][decay] if decay else found
     source = f"{f'ema {decay}' if decay else 'params'} of step {step} in {folder}"
@@ -386,16 +408,19 @@ class Checkpoints:
             "mend what the message says) and run the same command again: it resumes from there."
         )
 
-    def restore_newest(self, target: TrainState) -> tuple[TrainState, Meta] | None:
+    def restore_newest(
+        self, target: TrainState, exact: bool = True
+    ) -> tuple[TrainState, Meta] | None:
         """The newest step whose digests are right, on the target's shardings; None without steps.
 
+        Not `exact`: items that the target does not have (an optimizer's state) stay on the disk.
         Damaged newer steps are named and moved to `checkpoints_damaged/`.  Raises UserError when
         steps exist but every one is damaged, or when one does not fit the target.
         """
         steps = self.steps()
         damaged: list[int] = []
         for step in reversed(steps):
-            state, meta = self._try(step, target)
+            state, meta = self._try(step, target, exact)
             if state is not None:
                 self._set_aside(damaged)
                 self._last = step
@@ -408,12 +433,12 @@ class Checkpoints:
             "nothing was changed. Restore them from a backup, or use a new workdir to start over."
         )
 
-    def _try(self, step: int, target: TrainState) -> tuple[TrainState | None, Meta]:
+    def _try(self, step: int, target: TrainState, exact: bool) -> tuple[TrainState | None, Meta]:
         try:
             meta = read_meta(self.folder, step)
             items = _items(target)
             names = meta["leaves"]
-            every = sorted(names.keys() | items.keys())
+            every = sorted(names.keys() | items.keys() if exact else items.keys())
             found = [d for k in every for d in compare(k, names.get(k, {}), items.get(k, {}))]
             _refuse(f"checkpoint {step} in {self.folder}", found)
             read = _read_items(self.folder, step, meta, items)

@@ -54,6 +54,7 @@ class Run:
     saved_at: float = field(default_factory=time.monotonic)
     scores: dict[str, float] = field(default_factory=dict)  # of the last evaluation
     bad_steps: int = 0  # non-finite ones in a row
+    profiling: bool = False  # a trace is being recorded
     pending: list[Row] = field(default_factory=list)  # of steps that are not logged yet
 
     def step(self) -> int:
@@ -84,7 +85,7 @@ def _work(run: Run, work: Callable[[Run], int]) -> int:
         try:
             code = work(run)
         except distributed.Preempted:
-            _save(run, wait=True)
+            _save(run, wait=True)  # nothing to write when it was only evaluated
             say(f"preempted: saved step {run.step()}; the same command resumes")
             code = distributed.EXIT_PREEMPTED
         ended = True
@@ -118,10 +119,17 @@ def say(text: str) -> None:
 def evaluate(
     cfg: RunConfig, workdir: str, preemption: distributed.Preemption, force: bool = False
 ) -> int:
-    """Runs every evaluator of the config on the newest checkpoint of `workdir`."""
+    """Runs every evaluator of the config on the newest checkpoint of `workdir`.
+
+    The workdir may be of a run or an imported autoencoder; only the weights have to fit.
+    """
     path = checkpoint.absolute(workdir)
-    if checkpoint.newest_meta(path) is None:
+    meta = checkpoint.newest_meta(path)
+    if meta is None:
         raise UserError(f"{path} has no checkpoints; train first, or give the workdir of a run")
+    if cfg.ema.decays and "ema" not in meta["leaves"]:
+        say("the checkpoint has no EMA: its parameters are evaluated")
+        cfg.ema.decays = ()
     mesh = sharding.make_mesh(cfg.mesh)
     with jax.set_mesh(mesh), _disk_errors(path), provenance.lock(path):
         return _work(_start(cfg, path, mesh, preemption, force, record=False), _evaluate_all)
@@ -147,21 +155,25 @@ def _start(
 ) -> Run:  # fmt: skip
     """Opens data and workdir, finds the weights, prints what is about to happen.
 
-    With `record` False (evaluation) nothing is written into the training's record.
+    With `record` False (evaluation) nothing is written into the training's record, and the config
+    may be another one as long as the weights fit.
     """
     data = pipeline.fingerprint(cfg.data)
-    provenance.check(workdir, cfg, data, force, say)
+    if record:
+        provenance.check(workdir, cfg, data, force, say)
     task = cfg.task.build(cfg)
     for line in task.describe():
         say(line)
     constants = jax.device_put(task.constants(), sharding.replicated(mesh))
     checkpoints = checkpoint.Checkpoints(workdir, cfg.checkpoint)
-    state, shardings, meta = _weights(cfg, workdir, mesh, task, checkpoints)
+    find = _weights if record else _trained
+    state, shardings, meta = find(cfg, workdir, mesh, task, checkpoints)
     if record:
         provenance.write(workdir, cfg, data)
     first = int(jax.device_get(state.step))
-    for line in describe_optimizers(task, state.params):
-        say(line)
+    if record:
+        for line in describe_optimizers(task, state.params):
+            say(line)
     run = Run(
         cfg=cfg, workdir=workdir, mesh=mesh, task=task, state=state, shardings=shardings,
         constants=constants,
@@ -169,7 +181,7 @@ def _start(
         writers=_writers(cfg, workdir if record else workdir / "eval", first, record),
         clock=progress.Clock(
             cfg.batch, first, devices=mesh.size, cores=os.cpu_count() or 1,
-            carried=meta["clock"] if meta else {},
+            carried=meta["clock"] if meta and record else {},
         ),
         evaluators={e.name: e.build(cfg, task, mesh) for e in cfg.evals},
         batches=pipeline.batches(
@@ -178,10 +190,10 @@ def _start(
         ),
         data=data,
     )  # fmt: skip
-    if meta:
+    if meta and record:
         run.scores, run.evaluated_at = meta["scores"], meta["evaluated_at"]
         run.bad_steps, run.pending = meta["bad_steps"], meta["pending"]
-    else:
+    elif record:
         _save(run, wait=True)  # from now on there is always something to resume from
     return run
 
@@ -205,12 +217,8 @@ def _weights(
     def fresh() -> TrainState:
         return step.init_state(task, cfg, key)
 
-    abstract = jax.eval_shape(fresh)
-    shardings = sharding.state_shardings(abstract, mesh, cfg.mesh)
-    target = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
-    )
-    checkpoint.require_space(workdir, abstract)
+    target, shardings = _abstract(jax.eval_shape(fresh), cfg, mesh)
+    checkpoint.require_space(workdir, target)
     if found := checkpoints.restore_newest(target):
         state, meta = found
         say(f"weights: own workdir, step {meta['step']} of {cfg.steps} (resume)")
@@ -225,6 +233,26 @@ def _weights(
         say("weights: from scratch (no checkpoint in the workdir, init_from not set)")
         return state, shardings, {}
     return _init_from(cfg, state, target, shardings), shardings, {}
+
+
+def _abstract(state: TrainState, cfg: RunConfig, mesh: Mesh) -> tuple[TrainState, TrainState]:
+    """(shapes with their shardings, shardings) of a state of shapes."""
+    shardings = sharding.state_shardings(state, mesh, cfg.mesh)
+    target = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings
+    )
+    return target, shardings
+
+
+def _trained(
+    cfg: RunConfig, workdir: epath.Path, mesh: Mesh, task: Task, checkpoints: checkpoint.Checkpoints
+) -> tuple[TrainState, TrainState, checkpoint.Meta]:
+    """As `_weights`, for evaluation: what is in the workdir, without the optimizer's state."""
+    state = jax.eval_shape(lambda: step.init_state(task, cfg, rng.key(cfg.seed, 0, "init")))
+    target, shardings = _abstract(state.replace(opt={}), cfg, mesh)
+    found, meta = checkpoints.restore_newest(target, exact=False)
+    say(f"weights: {workdir}, step {meta['step']}")
+    return found, shardings, meta
 
 
 def _init_from(
@@ -273,7 +301,7 @@ def _loop(run: Run) -> int:
             with clock.data_wait():
                 batch = next(device_batches)
             program = programs.get(run.task.static(k))
-            _profile(cfg, run.workdir, k)
+            _profile(run, k)
             with jax.transfer_guard("disallow"):
                 run.state, metrics = program(run.state, run.constants, batch)
             pending.append(metrics)
@@ -296,6 +324,7 @@ def _loop(run: Run) -> int:
             pending.clear()
     finally:
         device_batches.close()
+        _end_profile(run)
     _finish(run)
     return DONE
 
@@ -341,12 +370,22 @@ def abstract_batch(cfg: RunConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct
     }
 
 
-def _profile(cfg: RunConfig, workdir: epath.Path, k: int) -> None:
-    at, count = cfg.report.profile_at, cfg.report.profile_steps
+def _profile(run: Run, k: int) -> None:
+    """Starts the trace before step `profile_at`, ends it `profile_steps` later."""
+    at = run.cfg.report.profile_at
     if at and k == at:
-        jax.profiler.start_trace(os.fspath(workdir / "profile"))
-    if at and k == min(at + count, cfg.steps - 1) and k > at:
+        jax.profiler.start_trace(os.fspath(run.workdir / "profile"))
+        run.profiling = True
+    if k == at + run.cfg.report.profile_steps:
+        _end_profile(run)
+
+
+def _end_profile(run: Run) -> None:
+    if run.profiling:
+        run.profiling = False
+        jax.block_until_ready(run.state)  # the steps in flight belong to it
         jax.profiler.stop_trace()
+        say(f"profile: {run.workdir / 'profile'}")
 
 
 def _healthy(run: Run, metrics: Row, k: int) -> bool:

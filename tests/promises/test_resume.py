@@ -1,6 +1,7 @@
 """Promise 2: an interrupted run ends in the very bits of the uninterrupted one."""
 
 import json
+import shutil
 import time
 
 import numpy as np
@@ -129,3 +130,31 @@ def test_torn_files_of_a_killed_writer_do_not_matter(whole, tmp_path):
     assert runs.run("phase1", tmp_path, steps=4, evals=[]) == train.DONE
     for name in ("config.json", "summary.json"):
         assert json.loads((tmp_path / name).read_text())
+
+
+def test_a_profile_ends_with_its_window_the_run_or_a_preemption(tmp_path, capsys):
+    """Resuming inside the window starts none: there is nothing that could be ended."""
+    options = {"report.profile_at": 2, "report.profile_steps": 4, "steps": 8}
+    inside = 1 + 3 + 1 + 3  # after step 3
+    assert runs.run("phase1", tmp_path / "a", poll=inside, **options) == EXIT_PREEMPTED
+    assert runs.run("phase1", tmp_path / "a", **options) == train.DONE
+    assert capsys.readouterr().out.count("profile: ") == 1
+    assert list((tmp_path / "a" / "profile").rglob("*.xplane.pb"))
+    last = {"report.profile_at": 1, "steps": 2}
+    assert runs.run("phase1", tmp_path / "b", **last) == train.DONE
+    assert capsys.readouterr().out.count("profile: ") == 1
+
+
+def test_evaluation_writes_what_it_ran_and_nothing_else(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    before = runs.digest(tmp_path / "run")
+    cfg = runs.make_config("phase1")
+    cfg.evals[0].name = "other"
+    assert train.evaluate(cfg, str(tmp_path / "run"), runs.StopAt()) == train.DONE
+    scores = json.loads((tmp_path / "run" / "eval" / "000000012.json").read_text())
+    assert sorted(scores) == ["other/n", "other/psnr", "other/psnr_pooled", "other/ssim"]
+    trained = runs.rows(whole)[12]
+    assert scores["other/psnr"] == trained["folder-32-test/psnr"]
+    after = runs.digest(tmp_path / "run")
+    assert {k for k in before if after[k] != before[k]} <= {"run.lock"}
+    assert all(k.startswith("eval/") for k in after.keys() - before.keys())
