@@ -64,7 +64,8 @@ def test_an_import_is_evaluated_fine_tuned_and_exported_with_its_factor(work, tm
     evaluation = runs.make_config("phase1", **{"task.model": model})
     with runs.devices(1):
         assert train.evaluate(evaluation, str(tmp_path / "work"), runs.StopAt()) == train.DONE
-    scores = json.loads((tmp_path / "work" / "eval" / "000000000.json").read_text())
+    (path,) = (tmp_path / "work" / "eval").glob("000000000-*.json")
+    scores = json.loads(path.read_text())["scores"]
     changes = {
         "task.model": model, "task.trainable": recipes.head(model), "init_from": str(work),
         "steps": 2,
