@@ -1,7 +1,7 @@
 """Import an autoencoder from PyTorch's layouts: a folder, a file, or a name on the hub.
 
-The result is a workdir: --config.init_from, reconstruct, export and --mode=eval take it.  A bare
-file whose tensors fit several releases needs --variant, since they differ in the scaling factor.
+The result is a workdir: --config.init_from, reconstruct, export and --mode=eval take it.  Tensors
+do not tell whose they are: of a bare file only --variant says it, and with it the scaling factor.
 """
 
 import argparse
@@ -21,17 +21,29 @@ def main(argv: list[str]) -> int:
     """Entry point of `python -m dcae_jax import`."""
     args = _parser().parse_args(argv)
     from dcae_jax import backend, checkpoint
-    from dcae_jax.convert import from_torch, to_torch
+    from dcae_jax.convert import folder, from_torch
 
+    _refuse_workdir(args.source)
     out = checkpoint.absolute(args.out)
-    to_torch.refuse_existing(out)
-    backend.compile_cache("auto")
-    found = from_torch.load(args.source, args.variant, args.part)
-    for line in _summary(found):
-        print(line, flush=True)
-    write(found, out)
+    with folder.filling(out, ours=("checkpoints",)):
+        backend.compile_cache("auto")
+        found = from_torch.load(args.source, args.variant, args.part)
+        for line in _summary(found):
+            print(line, flush=True)
+        write(found, out)
     print(f"wrote {out}")
     return 0
+
+
+def _refuse_workdir(source: str) -> None:
+    from dcae_jax import checkpoint
+    from dcae_jax.errors import UserError
+
+    if checkpoint.newest_meta(checkpoint.workdir_of(source)) is not None:
+        raise UserError(
+            f"{source} is a workdir already: use it as it is (--config.init_from, reconstruct, "
+            "export, ...); import takes weights in PyTorch's layouts"
+        )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -67,11 +79,12 @@ def _summary(found: "Imported") -> list[str]:
 
 
 def write(found: "Imported", out: "epath.Path") -> None:
-    """Writes the workdir: a checkpoint of step 0, then config.json; without that it is incomplete.
+    """Fills the workdir: a checkpoint of step 0, then config.json; without that it is incomplete.
 
     Its config is a whole run that would continue these weights.
     """
-    from dcae_jax import autoencoder, checkpoint, config, provenance, recipes
+    from dcae_jax import autoencoder, checkpoint, config, provenance, recipes, tree
+    from dcae_jax.convert import folder
     from dcae_jax.step import TrainState
 
     run = recipes.released(found.cfg, name=found.release or found.source)
@@ -80,9 +93,10 @@ def write(found: "Imported", out: "epath.Path") -> None:
     meta = provenance.meta(run, data="") | {"autoencoder": origin}
     stats = {"ae": found.variables["batch_stats"]} if "batch_stats" in found.variables else {}
     state = TrainState(0, {"ae": found.variables["params"]}, stats, ema={}, opt={})
-    out.mkdir(parents=True, exist_ok=True)
-    checkpoints = checkpoint.Checkpoints(out, run.checkpoint)
-    checkpoints.save(state, meta)
-    checkpoints.close()
-    record = meta | {"command": sys.argv}
-    (out / "config.json").write_text(json.dumps(record, indent=2))
+    folder.require_room(out, 4 * tree.size(found.variables))  # all f32
+    with folder.writing(out):
+        checkpoints = checkpoint.Checkpoints(out, run.checkpoint)
+        checkpoints.save(state, meta)
+        checkpoints.close()
+        record = meta | {"command": sys.argv}
+        (out / folder.CONFIG).write_text(json.dumps(record, indent=2))

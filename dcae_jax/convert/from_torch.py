@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
-import ml_dtypes
 import numpy as np
 from etils import epath
 
 from dcae_jax import tree
-from dcae_jax.convert import layouts, names, releases
+from dcae_jax.config import JSONValue
+from dcae_jax.convert import folder, layouts, names, releases
 from dcae_jax.convert.layouts import Described
 from dcae_jax.convert.names import AnyConfig, Layout
 from dcae_jax.errors import UserError
@@ -25,12 +25,12 @@ from dcae_jax.nets.torch_file import Info, TensorFile, open_tensors
 from dcae_jax.tree import Tree
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
-USUAL = ("diffusion_pytorch_model", "model")  # stems of weights in folders of PyTorch layouts
-DTYPES = {
-    np.dtype(np.float32): "float32",
-    np.dtype(np.float16): "float16",
-    np.dtype(ml_dtypes.bfloat16): "bfloat16",
+INDEX = ".safetensors.index.json"
+USUAL = {  # stems of weights in folders, the layout's own first
+    Layout.diffusers: ("diffusion_pytorch_model", "model"),
+    Layout.official: ("model", "diffusion_pytorch_model"),
 }
+DTYPES = ("float32", "float16", "bfloat16")  # float32 holds their values exactly
 ROOTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
 # Wrappers of trainers around the autoencoder's names, and what else they hold.
 PREFIXES = ("module.", "autoencoder.", "0.")
@@ -48,6 +48,7 @@ class Imported:
     counters: dict[str, int]  # BatchNorm's num_batches_tracked
     source: str
     notes: list[str] = field(default_factory=list)  # what was done on the way, for people
+    extra: dict[str, JSONValue] = field(default_factory=dict)  # of `layouts.Described`
 
 
 class Tensors(NamedTuple):
@@ -58,11 +59,14 @@ class Tensors(NamedTuple):
     notes: list[str]
 
 
-def load(source: str, variant: str | None = None, part: str | None = None) -> Imported:
+def load(
+    source: str, variant: str | None = None, part: str | None = None, also: str = ""
+) -> Imported:
     """The weights of a folder, a file or a hub name (owner/name), converted.
 
     `variant`: the release, where the source leaves it open.  `part`: which weights of a checkpoint
-    that holds several.  UserError lists all that does not fit; nothing is written anywhere.
+    that holds several.  `also`: what else the caller takes, for the message ("a workdir, ").
+    UserError lists all that does not fit; nothing is written anywhere.
     """
     release, published = None if variant is None else releases.require(variant), None
     path = _absolute(source)
@@ -70,15 +74,16 @@ def load(source: str, variant: str | None = None, part: str | None = None) -> Im
         path, published = epath.Path(download(source)), releases.named(source)
     if not path.exists():
         raise UserError(
-            f"{source} does not exist; give a workdir, a folder with config.json and weights, a "
+            f"{source} does not exist; give {also}a folder with config.json and weights, a "
             f"{', '.join(SUFFIXES)} file, or a name on the hub (owner/name)"
         )
-    config, files = _find(path)
+    described = _config(path, source) if path.is_dir() else None
+    files, notes = _weights(path, described)
     with contextlib.ExitStack() as stack:
         opened = [stack.enter_context(open_tensors(f, part)) for f in files]
         tensors = _unwrap(_merged(opened))
-        found = _describe(config, tensors, release, source)
-        notes = tensors.notes
+        found = _describe(described, tensors, release, source)
+        notes += tensors.notes
         if published is not None and release is None:
             found, more = _published(found, published, source)
             notes += more
@@ -93,32 +98,53 @@ def _absolute(source: str) -> epath.Path:
 # ------------------------------------------------------------------------------------------ files
 
 
-def _find(path: epath.Path) -> tuple[epath.Path | None, list[epath.Path]]:
-    """(config.json if the source is a folder, the files of weights)."""
-    if not path.is_dir():
-        return None, [path]
+def _config(path: epath.Path, source: str) -> Described:
+    """What the config.json of a folder says."""
     config = path / "config.json"
-    if not config.is_file():
-        hint = "; its autoencoder is in vae/" if (path / "vae" / "config.json").is_file() else ""
+    if config.is_file():
+        try:
+            fields = json.loads(config.read_text())
+        except ValueError as e:
+            raise UserError(f"{config} is not readable JSON ({e})") from e
+        return layouts.read(fields, str(config))
+    if folder.is_unfinished(path):
         raise UserError(
-            f"{path} has no config.json{hint}; give a folder in diffusers' or the official layout, "
-            "or one file of weights with --variant"
+            f"{source} is unfinished: what wrote it did not end; run that command again"
         )
+    hint = "; its autoencoder is in vae/" if (path / "vae" / "config.json").is_file() else ""
+    raise UserError(
+        f"{path} has no config.json{hint}; give a folder in diffusers' or the official layout, "
+        "or one file of weights with --variant"
+    )
+
+
+def _weights(path: epath.Path, described: Described | None) -> tuple[list[epath.Path], list[str]]:
+    """The files of weights, and what was left out beside them."""
+    if described is None:
+        if path.suffix == ".json":
+            raise UserError(f"{path} holds no weights; give the folder that it describes")
+        return [path], []
     inside = sorted(p.name for p in path.iterdir())
-    if indices := [n for n in inside if n.endswith(".safetensors.index.json")]:
-        return config, _shards(path, _single(path, indices, ".safetensors.index.json"))
+    if indices := [n for n in inside if n.endswith(INDEX)]:
+        index, notes = _single(path, indices, INDEX, described.layout)
+        return _shards(path, index), notes
     for suffixes in ((".safetensors",), SUFFIXES[1:]):
         if weights := [n for n in inside if n.endswith(suffixes)]:
             suffix = suffixes[0] if len(suffixes) == 1 else ""
-            return config, [path / _single(path, weights, suffix)]
+            name, notes = _single(path, weights, suffix, described.layout)
+            return [path / name], notes
     raise UserError(f"{path} holds no weights; expected a {', '.join(SUFFIXES)} file")
 
 
-def _single(path: epath.Path, found: list[str], suffix: str) -> str:
-    """The one file, or that with a usual name; UserError if it stays open which."""
-    usual = [stem + suffix for stem in USUAL if stem + suffix in found]
+def _single(
+    path: epath.Path, found: list[str], suffix: str, layout: Layout
+) -> tuple[str, list[str]]:
+    """The one file, or that with the usual name of the layout; UserError if it stays open which."""
+    usual = [stem + suffix for stem in USUAL[layout] if stem + suffix in found]
     if len(found) == 1 or usual:
-        return (usual or found)[0]
+        name = (usual or found)[0]
+        others = ", ".join(n for n in found if n != name)
+        return name, [f"taken from {name}; left out: {others}"] if others else []
     raise UserError(
         f"{path} holds several files of weights: {', '.join(found)}; give a folder with "
         "config.json and one of them"
@@ -128,7 +154,7 @@ def _single(path: epath.Path, found: list[str], suffix: str) -> str:
 def _shards(path: epath.Path, index: str) -> list[epath.Path]:
     try:
         shards = sorted(set(json.loads((path / index).read_text())["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError) as e:
+    except (ValueError, KeyError, AttributeError, TypeError) as e:
         raise UserError(f"{path / index} is no index of shards ({type(e).__name__}: {e})") from e
     if missing := [s for s in shards if not (path / s).is_file()]:
         raise UserError(f"{path}: {index} names {', '.join(missing)}, which is not there")
@@ -204,9 +230,12 @@ def download(name: str) -> str:
 
 
 def _describe(
-    config: epath.Path | None, tensors: Tensors, release: str | None, source: str
+    described: Described | None, tensors: Tensors, release: str | None, source: str
 ) -> Described:
-    """Network, factor and release; UserError if they are open, or contradict each other."""
+    """Network, factor and release; UserError if they are open, or contradict each other.
+
+    `described`: of the folder's config.json; None for a bare file.
+    """
     layout = names.layout_of(tensors.infos)
     if layout is None:
         first = ", ".join(list(tensors.infos)[:3]) or "none"
@@ -215,14 +244,10 @@ def _describe(
             "expected names as encoder.stages.1... (official) or encoder.down_blocks.1... "
             "(diffusers)"
         )
-    if config is None:
+    if described is None:
         return _detect(tensors, layout, release, source)
-    try:
-        described = layouts.read(json.loads(config.read_text()), str(config))
-    except ValueError as e:
-        raise UserError(f"{config} is not readable JSON ({e})") from e
     described = described._replace(layout=layout)
-    return described if release is None else _agreed(described, release, str(config))
+    return described if release is None else _agreed(described, release, source)
 
 
 def _agreed(described: Described, release: str, where: str) -> Described:
@@ -236,7 +261,7 @@ def _agreed(described: Described, release: str, where: str) -> Described:
         found.append(f"scaling_factor: {factor}, {what.scaling_factor}")
     if found:
         raise UserError(
-            f"{where} is not that of {release} (here, there):\n{_listed(found)}\n"
+            f"{where}: config.json is not that of {release} (here, there):\n{_listed(found)}\n"
             "Leave out --variant to go by the config.json, or name the variant that it is"
         )
     return _completed(described, release)
@@ -251,11 +276,11 @@ def _published(found: Described, release: str, source: str) -> tuple[Described, 
 
 def _hint(found: Described) -> list[str]:
     """The releases that have this network, where the weights are not known to be those of one."""
-    cfg, every = found.cfg, releases.RELEASES.items()
-    same = [n for n, what in every if not layouts.network_differences(cfg, what.config())]
+    same = layouts.same_network(found.cfg)
     if found.release is not None or not same:
         return []
-    return [f"the network of {', '.join(same)}: --variant NAME if these are its weights"]
+    alike = "".join(f" (and of {a})" for n in same if (a := releases.RELEASES[n].alike))
+    return [f"the network of {', '.join(same)}{alike}: --variant NAME if these are its weights"]
 
 
 def _completed(described: Described, release: str) -> Described:
@@ -269,14 +294,18 @@ def _completed(described: Described, release: str) -> Described:
 
 
 def _detect(tensors: Tensors, layout: Layout, release: str | None, source: str) -> Described:
-    """The release that the tensors of a bare file fit, alone or as `release` says."""
+    """What a bare file holds: `release`, or the network of the only release that it fits.
+
+    Whose weights they are tensors do not tell, and so neither the scaling factor.
+    """
     shapes = {key: info.shape for key, info in tensors.infos.items()}
     if release is not None and not _differences(release, layout, shapes):
         return _released(release, layout)
     ranked = {name: _differences(name, layout, shapes) for name in _expressible(layout)}
     fits = [name for name, found in ranked.items() if not found]
     if release is None and len(fits) == 1:
-        return _released(fits[0], layout)
+        cfg = layouts.with_release(releases.RELEASES[fits[0]].config(), None)
+        return Described(cfg, None, None, layout, {})
     if release is None and fits:
         factors = [f"{n} (scaling factor {_factor(n)})" for n in fits]
         raise UserError(
@@ -297,7 +326,7 @@ def _has_config(source: str) -> bool:
 
 def _released(release: str, layout: Layout) -> Described:
     what = releases.RELEASES[release]
-    return Described(what.config(), what.scaling_factor, release, layout)
+    return Described(what.config(), what.scaling_factor, release, layout, {})
 
 
 def _expressible(layout: Layout) -> list[str]:
@@ -343,19 +372,20 @@ def _convert(found: Described, tensors: Tensors, source: str) -> Imported:
     }
     counted = [key for key in names.counters(cfg, layout) if key in tensors.infos]
     counters = {key: int(tensors.read(key)) for key in counted}
+    bad = names.not_finite(cfg, layout, flat)
     return Imported(
         cfg, tree.unflatten(flat), found.scaling_factor, found.release, dtypes, counters, source,
-        tensors.notes,
+        tensors.notes + ([bad] if bad else []), found.extra,
     )  # fmt: skip
 
 
 def _dtypes(keys: list[str], tensors: Tensors, source: str) -> dict[str, str]:
     """The dtypes that are not float32; UserError for those that float32 cannot hold exactly."""
     kinds: dict[str, Any] = {key: tensors.infos[key].dtype for key in keys}
-    if wrong := [f"{key}: {dtype}" for key, dtype in kinds.items() if dtype not in DTYPES]:
+    if wrong := [f"{key}: {dtype}" for key, dtype in kinds.items() if dtype.name not in DTYPES]:
         raise UserError(
             f"{source} has tensors that float32 cannot hold exactly:\n{_listed(wrong)}\n"
             "Convert them first (in PyTorch: tensor.float()); float32, float16 and bfloat16 are "
             "kept as they are"
         )
-    return {key: DTYPES[d] for key, d in kinds.items() if d != np.float32}
+    return {key: d.name for key, d in kinds.items() if d != np.float32}

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from dcae_jax import tree
@@ -357,3 +358,12 @@ def layout_of(keys: Iterable[str]) -> Layout | None:
     if re.search(r"^(encoder|decoder)\.(down_blocks|up_blocks|conv_in|conv_out)\.", text, re.M):
         return Layout.diffusers
     return None
+
+
+def not_finite(cfg: AnyConfig, layout: Layout, leaves: Mapping[str, Any]) -> str:
+    """Says which tensors hold NaN or infinity; "" if none does."""
+    bad = [e for e in table(cfg, layout) if not bool(jnp.isfinite(leaves[e.path]).all())]
+    if not bad:
+        return ""
+    first = ", ".join(bad[0].keys)
+    return f"WARNING: NaN or infinity in {len(bad)} tensor(s); the first is {first}"

@@ -19,15 +19,25 @@ class Release(NamedTuple):
     scaling_factor: float | None  # 1 / RMS of its latents; None: not published
     hub: tuple[str, ...]  # names on the Hugging Face hub
     former: tuple[str, ...] = ()  # other names of the same weights
+    official: str | None = None  # name in the official code; None: it has no such model
+    alike: str = ""  # other published weights of this very network, for people
+
+
+# All others are in DC-Gen (github.com/dc-ai-projects/DC-Gen, state cae2205) only.
+EFFICIENTVIT = (
+    "dc-ae-f32c32-in-1.0", "dc-ae-f32c32-mix-1.0", "dc-ae-f64c128-in-1.0", "dc-ae-f64c128-mix-1.0",
+    "dc-ae-f128c512-in-1.0", "dc-ae-f128c512-mix-1.0", "dc-ae-f32c32-sana-1.0",
+)  # fmt: skip
 
 
 def _dc_ae(
     name: str, scaling_factor: float | None, owner: str = "mit-han-lab",
-    on_hub: str | None = None, former: tuple[str, ...] = (),
+    on_hub: str | None = None, former: tuple[str, ...] = (), official: str | None = None,
 ) -> tuple[str, Release]:  # fmt: skip
     repository = f"{owner}/{on_hub or name}"
     hub = (repository, f"{repository}-diffusers")
-    return name, Release(dcae.VARIANTS[name], scaling_factor, hub, former)
+    former = (*former, *([official] if official else []))
+    return name, Release(dcae.VARIANTS[name], scaling_factor, hub, former, official or name)
 
 
 RELEASES: dict[str, Release] = dict(
@@ -46,13 +56,14 @@ RELEASES: dict[str, Release] = dict(
             former=("dc-ae-lite-f32c32", "dc-ae-turbo"),
         ),
         _dc_ae("dc-ae-f32c128-1.1", None, "dc-ai"),
-        _dc_ae("dc-ae-1.5-f32c128", None, "dc-ai", former=("dc-ae-f32c128-1.5",)),
-        _dc_ae("dc-ae-1.5-f64c128", 0.5935, "dc-ai", former=("dc-ae-f64c128-1.5",)),
+        _dc_ae("dc-ae-1.5-f32c128", None, "dc-ai", official="dc-ae-f32c128-1.5"),
+        _dc_ae("dc-ae-1.5-f64c128", 0.5935, "dc-ai", official="dc-ae-f64c128-1.5"),
         (
             "sd-vae-f8",
             Release(
                 kl_vae.VARIANTS["sd-vae-f8"], 0.18215,
                 ("stabilityai/sd-vae-ft-mse", "stabilityai/sd-vae-ft-ema"),
+                alike="SDXL's VAE, scaling factor 0.13025",
             ),
         ),
     )

@@ -126,6 +126,9 @@ def test_arguments_of_the_config():
     assert flags.load("configs/released.py:phase3").name == "dc-ae-f32c32-in-1.0 phase3"
     mix = flags.load("configs/released.py:dc-ae-f64c128-mix-1.0")
     assert mix.name == "dc-ae-f64c128-mix-1.0 phase1" and mix.task.model.factor == 64
+    same = flags.load("configs/released.py:dc-ae-f64c128-mix-1.0:phase2")  # as launch/ writes it
+    assert same.name == "dc-ae-f64c128-mix-1.0 phase2"
+    assert flags.load("configs/released.py:").name == flags.load("configs/released.py").name
     for wrong in ("phase4", "dc-ae-f32c33", "phase1,phase2", "a,b,c"):
         with pytest.raises(UserError, match="phase1, phase2, phase3"):
             flags.load(f"configs/released.py:{wrong}")
