@@ -5,6 +5,8 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+PARITY := .venv-parity
+OFFICIAL ?=
 WORKDIR ?= runs/demo
 CONSTRAINTS := constraints-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])').txt
 
@@ -14,7 +16,7 @@ export GLIBC_TUNABLES := glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.ma
 # A folder of compiled programs: the second run starts at once.
 export JAX_COMPILATION_CACHE_DIR ?= $(HOME)/.cache/dcae_jax/xla
 
-.PHONY: help setup train report test test-all lint ablation bench clean
+.PHONY: help setup train report test test-all parity lint ablation bench clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -39,6 +41,15 @@ test: $(READY)  ## the tests
 test-all: $(READY)  ## the tests with the long versions of the promises
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
+parity: $(PARITY)/.ready  ## compare with PyTorch, live (OFFICIAL=FOLDER of DC-Gen: with it too)
+	PYTHONPATH=$(OFFICIAL) $(PARITY)/bin/python -m pytest tests/parity/live
+
+$(PARITY)/.ready: requirements.txt requirements-dev.txt requirements-parity.txt $(CONSTRAINTS)
+	$(PYTHON) -m venv $(PARITY)
+	$(PARITY)/bin/pip install --quiet --disable-pip-version-check -r requirements.txt \
+	  -r requirements-dev.txt -r requirements-parity.txt -c $(CONSTRAINTS)
+	touch $@
+
 lint: $(READY)  ## ruff
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
@@ -48,5 +59,5 @@ ablation: $(READY)  ## what residual autoencoding and phase 2 bring, measured he
 bench: $(READY)  ## speed on this machine
 	$(BIN)/python -m dcae_jax bench autoencoder
 
-clean:  ## remove .venv (runs/ stays)
-	rm -rf $(VENV)
+clean:  ## remove .venv and .venv-parity (runs/ stays)
+	rm -rf $(VENV) $(PARITY)

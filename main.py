@@ -18,6 +18,7 @@ from dcae_jax import flags as config_flag  # noqa: E402
 from dcae_jax.errors import UserError  # noqa: E402
 
 _CONFIG = config_flag.define_config()
+flags.declare_key_flag("config")  # it stands in --help
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run; may be gs://")
 _MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "train, or evaluate what is there")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "print config, shapes, parameters and cost; exit")
@@ -46,6 +47,8 @@ def _run(preemption: "distributed.Preemption") -> int:
     from dcae_jax import backend
 
     cfg = config_lib.resolve(_CONFIG.value)
+    if _MODE.value == "eval":
+        cfg.init_from = _WORKDIR.value  # that is where the weights come from
     config_lib.validate(cfg)
     if not (_DRY_RUN.value or _WORKDIR.value):
         raise UserError("no --workdir; give the folder of the run, e.g. --workdir=runs/demo")

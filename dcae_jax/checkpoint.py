@@ -141,9 +141,9 @@ def newest_meta(workdir: epath.Path) -> Meta | None:
     return None
 
 
-def source_meta(source: str) -> Meta:
+def source_meta(source: str, name: str = "source") -> Meta:
     """As `newest_meta`, of a workdir or step directory that must have one."""
-    folder, steps = find_source(source)
+    folder, steps = find_source(source, name)
     for step in steps:
         with contextlib.suppress(DamagedCheckpoint):
             return read_meta(folder, step)
@@ -261,8 +261,11 @@ def absolute(path: str) -> epath.Path:
     return whole if "://" in str(path) else whole.resolve()
 
 
-def find_source(source: str) -> tuple[epath.Path, list[int]]:
-    """(folder, steps newest first) of an `init_from`; UserError if there are none."""
+def find_source(source: str, name: str = "source") -> tuple[epath.Path, list[int]]:
+    """(folder, steps newest first) of a workdir or step directory; UserError if there are none.
+
+    `name`: what the user calls it, for the message.
+    """
     path = absolute(source)
     if path.name.isdigit() and path.exists():
         return path.parent, [int(path.name)]
@@ -271,8 +274,8 @@ def find_source(source: str) -> tuple[epath.Path, list[int]]:
             return folder, steps[::-1]
     what = "does not exist" if not path.exists() else "has no checkpoints"
     raise UserError(
-        f"{source!r} {what}; give the workdir of a run or of an import, or one step directory of "
-        "it (WORKDIR/checkpoints/STEP)"
+        f"{name} = {source!r} {what}; give the workdir of a run or of an import, or one step "
+        "directory of it (WORKDIR/checkpoints/STEP)"
     )
 
 
@@ -414,15 +417,16 @@ class Checkpoints:
         """The newest step whose digests are right, on the target's shardings; None without steps.
 
         Not `exact`: items that the target does not have (an optimizer's state) stay on the disk.
-        Damaged newer steps are named and moved to `checkpoints_damaged/`.  Raises UserError when
-        steps exist but every one is damaged, or when one does not fit the target.
+        Damaged newer steps are named and, if `exact`, moved to `checkpoints_damaged/`.  Raises
+        UserError when steps exist but every one is damaged, or when one does not fit the target.
         """
         steps = self.steps()
         damaged: list[int] = []
         for step in reversed(steps):
             state, meta = self._try(step, target, exact)
             if state is not None:
-                self._set_aside(damaged)
+                if exact:  # a look leaves everything where it is
+                    self._set_aside(damaged)
                 self._last = step
                 return state, meta
             damaged.append(step)

@@ -54,7 +54,7 @@ class GroupConfig:
     weight_decay: float = 1.0  # times OptimConfig.weight_decay
 
 
-def _regex_problem(pattern: str) -> str:
+def regex_problem(pattern: str) -> str:
     """What is wrong with a regular expression; "" if nothing is."""
     try:
         re.compile(pattern)
@@ -95,11 +95,11 @@ class OptimConfig:
         found += [
             f"optim.groups: {g.pattern!r} is not a regular expression ({why})"
             for g in self.groups
-            if (why := _regex_problem(g.pattern))
+            if (why := regex_problem(g.pattern))
         ]
         for name in ("weight_decay", "warmup_steps", "clip_norm", "start_step"):
-            if getattr(self, name) < 0:
-                found.append(f"optim.{name} = {getattr(self, name)} is negative; 0 switches it off")
+            if not getattr(self, name) >= 0:  # NaN is refused too
+                found.append(f"optim.{name} = {getattr(self, name)}; it is >= 0, and 0 is off")
         return found
 
 
@@ -111,7 +111,7 @@ def _spec_problem(entry: str) -> str:
             f"mesh.specs: {entry!r} is not 'regex -> axis,None,...' with the axes data, fsdp, "
             "spatial or None"
         )
-    if why := _regex_problem(pattern.strip()):
+    if why := regex_problem(pattern.strip()):
         return f"mesh.specs: {pattern.strip()!r} is not a regular expression ({why})"
     return ""
 
@@ -151,6 +151,8 @@ class EmaConfig:
             for d in self.decays
             if not 0 < d < 1
         ]
+        if len({f"{d:g}" for d in self.decays}) < len(self.decays):
+            found.append(f"ema.decays = {self.decays}: two are equal to six digits; leave one out")
         if not self.warmup_steps >= 0:
             found.append(f"ema.warmup_steps = {self.warmup_steps}; 0 switches the warm-up off")
         return found
@@ -222,11 +224,13 @@ class RunConfig:
             found.append(f"microbatches = {self.microbatches}; the smallest is 1 (no accumulation)")
         if self.report.every < 1:
             found.append(f"report.every = {self.report.every}; the smallest is 1")
-        scores = [e.name for e in self.evals]
-        if self.checkpoint.best and self.checkpoint.best.rpartition("/")[0] not in scores:
+        if self.seed < 0:
+            found.append(f"seed = {self.seed} is negative; choose one from 0 on")
+        scores = [f"{e.name}/{metric}" for e in self.evals for metric in e.metrics()]
+        if self.checkpoint.best and self.checkpoint.best not in scores:
             found.append(
-                f"checkpoint.best = {self.checkpoint.best!r} is no metric of an evaluator; name "
-                f"one as EVALUATOR/psnr, the evaluators are {', '.join(scores) or 'none'}"
+                f"checkpoint.best = {self.checkpoint.best!r} is no metric of an evaluator; there "
+                f"are {', '.join(scores) or 'none'}"
             )
         if self.task is None:
             found.append("task is not set; a config names what is trained, e.g. AutoencodeConfig()")

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from absl import flags
+from absl import app, flags
 from ml_collections import config_flags
 
 from dcae_jax import config as config_lib
@@ -28,6 +28,8 @@ def define_config() -> flags.FlagHolder[Any]:
 
 def parse(argv: Sequence[str]) -> list[str]:
     """Parses absl flags; for `app.run(flags_parser=parse)`.  Exits with 2 on a mistake."""
+    if any(re.fullmatch(r"-h|--?help(short)?", a) for a in argv[1:]):
+        app.usage(shorthelp=True, writeto_stdout=True, exitcode=0)
     try:
         _check_config(argv)
         rest = flags.FLAGS(list(argv))

@@ -8,6 +8,8 @@ steps, warm-up, LPIPS weight 0.25 (a third-party reproduction), the exact layers
 adversarial weight 0.5 with adaptive scaling, hinge loss, the discriminator, EMA.
 """
 
+import copy
+
 from dcae_jax.config import (
     CheckpointConfig,
     EmaConfig,
@@ -19,8 +21,16 @@ from dcae_jax.data.pipeline import DataConfig, Transform
 from dcae_jax.data.sources import FolderConfig, MixtureConfig, PhotosConfig, TfdsConfig
 from dcae_jax.errors import UserError
 from dcae_jax.evals.reconstruct import ReconstructConfig
+from dcae_jax.models.base import AutoencoderConfig
 from dcae_jax.models.dcae import DCAEConfig, Remat, from_scratch
-from dcae_jax.tasks.autoencode import AdversarialConfig, AutoencodeConfig, LossConfig, Phase
+from dcae_jax.models.kl_vae import KLVAEConfig
+from dcae_jax.tasks.autoencode import (
+    AdversarialConfig,
+    AutoencodeConfig,
+    Bottleneck,
+    LossConfig,
+    Phase,
+)
 
 LOW, HIGH = 256, 1024
 AnySource = PhotosConfig | FolderConfig | TfdsConfig | MixtureConfig
@@ -41,6 +51,22 @@ def dcae_phase(arg: str, model: DCAEConfig, name: str) -> RunConfig:
     return cfg
 
 
+def released(
+    model: DCAEConfig | KLVAEConfig, arg: str = "phase1", name: str = "released"
+) -> RunConfig:
+    """The run of one phase ("phase1" .. "phase3") that continues given weights of `model`.
+
+    The network stays as it is, its BatchNorms with frozen statistics; set `init_from`.
+    """
+    number = choose(arg)
+    cfg = [_low_res_full, _high_res_latent, _low_res_local][number - 1](DCAEConfig())
+    use_model(cfg, copy.deepcopy(model))
+    for evaluator, resolution in zip(cfg.evals, (LOW, 512), strict=True):
+        evaluator.data.resolution = resolution
+    cfg.name = f"{name} {arg}"
+    return cfg
+
+
 def use_source(
     cfg: RunConfig, source: AnySource, train: str = "train", test: str = "test"
 ) -> RunConfig:
@@ -54,15 +80,39 @@ def use_source(
     return cfg
 
 
-def middle(model: DCAEConfig) -> str:
-    """Phase 2: the encoder's last stage and output, the decoder's input and first stage."""
-    last = len(model.encoder.widths) - 1
-    return rf"ae/(encoder/(stage_{last}|conv_out)|decoder/(conv_in|stage_{last}))/.*"
+def use_model(cfg: RunConfig, model: DCAEConfig | KLVAEConfig) -> RunConfig:
+    """The run with another autoencoder, rematerialised as the one before; returns `cfg`.
+
+    What trains in its phase follows, and the bottleneck: a KL autoencoder is trained on samples,
+    with LDM's weight of the KL loss.
+    """
+    task = cfg.task
+    model.remat, task.model = task.model.remat, model
+    parts = {Phase.high_res_latent: middle(model), Phase.low_res_local: head(model)}
+    if task.phase in parts:
+        task.trainable = parts[task.phase]
+    if model.gaussian():
+        task.bottleneck, task.losses.kl = Bottleneck.kl, ldm_kl(model)
+    return cfg
 
 
-def head(model: DCAEConfig) -> str:
-    """Phase 3: the decoder's stage of the highest resolution and its output."""
-    return rf"ae/decoder/(stage_{model.decoder.first()}|norm_out|conv_out)/.*"
+def ldm_kl(model: AutoencoderConfig, weight: float = 1e-6) -> float:
+    """LDM's `weight` (arXiv 2112.10752) as `LossConfig.kl`.
+
+    There both losses are sums over an image, here means over pixels and over latent elements: the
+    weight is multiplied by latent elements per image element, c / (3 f^2).
+    """
+    return weight * model.latent_channels / (model.in_channels * model.factor**2)
+
+
+def middle(model: AutoencoderConfig) -> str:
+    """Phase 2: the modules on both sides of the latent."""
+    return rf"ae/{model.latent_layers()}/.*"
+
+
+def head(model: AutoencoderConfig) -> str:
+    """Phase 3: the decoder's modules of the highest resolution."""
+    return rf"ae/{model.head_layers()}/.*"
 
 
 def _low_res_full(model: DCAEConfig) -> RunConfig:

@@ -85,7 +85,7 @@ def _work(run: Run, work: Callable[[Run], int]) -> int:
         try:
             code = work(run)
         except distributed.Preempted:
-            _save(run, wait=True)  # nothing to write when it was only evaluated
+            _save(run, wait=True)
             say(f"preempted: saved step {run.step()}; the same command resumes")
             code = distributed.EXIT_PREEMPTED
         ended = True
@@ -124,9 +124,7 @@ def evaluate(
     The workdir may be of a run or an imported autoencoder; only the weights have to fit.
     """
     path = checkpoint.absolute(workdir)
-    meta = checkpoint.newest_meta(path)
-    if meta is None:
-        raise UserError(f"{path} has no checkpoints; train first, or give the workdir of a run")
+    meta = checkpoint.source_meta(workdir, "--workdir")
     if cfg.ema.decays and "ema" not in meta["leaves"]:
         say("the checkpoint has no EMA: its parameters are evaluated")
         cfg.ema.decays = ()
@@ -137,7 +135,11 @@ def evaluate(
 
 def _evaluate_all(run: Run) -> int:
     """Scores and grids into eval/ of the workdir; the record of the training stays as it is."""
-    _evaluate(run, run.step(), every=True)
+    try:
+        _evaluate(run, run.step(), every=True)
+    except distributed.Preempted:
+        say("evaluation stopped; nothing was written, the same command starts it again")
+        return distributed.EXIT_PREEMPTED
     if distributed.is_main():
         path = run.workdir / "eval" / f"{run.step():09d}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -224,7 +226,9 @@ def _weights(
         say(f"weights: own workdir, step {meta['step']} of {cfg.steps} (resume)")
         return state, shardings, meta
     if cfg.init_from is not None:
-        checkpoint.find_source(cfg.init_from)  # a wrong path is told before anything takes time
+        checkpoint.find_source(
+            cfg.init_from, "init_from"
+        )  # a wrong path is told before anything takes time
     with progress.working("initialising", enabled=distributed.is_main()):
         # It runs once: on a CPU compiling it well takes 19 s of the demo's time, and plainly 5.
         plainly = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else {}
@@ -376,14 +380,14 @@ def _profile(run: Run, k: int) -> None:
     if at and k == at:
         jax.profiler.start_trace(os.fspath(run.workdir / "profile"))
         run.profiling = True
-    if k == at + run.cfg.report.profile_steps:
+    if run.profiling and k == at + run.cfg.report.profile_steps:
+        jax.block_until_ready(run.state)  # the steps in flight belong to it
         _end_profile(run)
 
 
 def _end_profile(run: Run) -> None:
     if run.profiling:
         run.profiling = False
-        jax.block_until_ready(run.state)  # the steps in flight belong to it
         jax.profiler.stop_trace()
         say(f"profile: {run.workdir / 'profile'}")
 

@@ -25,7 +25,9 @@ for phase in phase1 phase2 phase3; do
   "$python" "$here/main.py" --config="$config:$phase" --workdir="$workdir/$phase" \
     ${before[@]+"${before[@]}"} "$@" || code=$?
   if [[ $code -ne 0 ]]; then
-    echo "$phase ended with exit code $code; the same command continues from here" >&2
+    hint="the same command continues from here"
+    [[ $code -eq 2 ]] && hint="mend what the message says; then the same command continues from here"
+    echo "$phase ended with exit code $code; $hint" >&2
     exit "$code"
   fi
   before=("--config.init_from=$workdir/$phase")

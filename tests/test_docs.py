@@ -73,7 +73,7 @@ def test_paths_that_documents_name_exist(name):
 # What a run writes, as documents call it.
 WORKDIR = {
     "metrics", "checkpoints", "checkpoints_damaged", "images", "tensorboard", "profile",
-    "train", "test", "validation", "runs/demo",
+    "train", "test", "validation", "runs/demo", "eval", "parity.npz", "grid.png",
 }  # fmt: skip
 
 

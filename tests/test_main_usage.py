@@ -93,6 +93,36 @@ def test_configs(tmp_path):
                 ["batch 8 is not divisible", "nearest: 6 or 9"],
             ),
             "mesh": ([TINY, work, "--config.mesh.fsdp=3"], 2, ["does not fit 1 device(s)"]),
+            "not in their range": (
+                [
+                    TINY,
+                    work,
+                    *("--config.optim.lr=nan", "--config.optim.clip_norm=nan"),
+                    *("--config.task.losses.l1=nan", "--config.ema.warmup_steps=-1"),
+                    *("--config.seed=-1", "--config.evals[0].every=-1"),
+                ],
+                2,
+                [
+                    *("6 problem(s)", "optim.lr = nan", "optim.clip_norm = nan"),
+                    *("task.losses.l1 = nan", "ema.warmup_steps = -1", "seed = -1", "every = -1"),
+                ],
+            ),
+            "best": (
+                [TINY, work, "--config.checkpoint.best=folder-32-test/psrn"],
+                2,
+                ["no metric of an evaluator", "folder-32-test/psnr"],
+            ),
+            "regex": (
+                [TINY, work, "--config.task.trainable=ae/("],
+                2,
+                ["task.trainable = 'ae/(' is not a regular expression"],
+            ),
+            "spec": (
+                [TINY, work, "--config.mesh.specs=('kernel -> foo,None',)"],
+                2,
+                ["mesh.specs", "data, fsdp, spatial or None"],
+            ),
+            "index": ([TINY, work, "--config.evals[3].n=4"], 2, ["beyond the end of its list"]),
             "resolution": (
                 [TINY, work, "--config.data.resolution=30"],
                 2,
@@ -170,7 +200,24 @@ def test_files(tmp_path):
                 2,
                 ["init_from", "has no checkpoints"],
             ),
-            "eval of nothing": ([*quick, work("f"), "--mode=eval"], 2, ["has no checkpoints"]),
+            "eval of nothing": ([*quick, work("f"), "--mode=eval"], 2, ["does not exist"]),
+            "eval of a later phase": (  # its weights are in the workdir: no init_from is needed
+                [
+                    f"--config={runs.CONFIG}:phase2",
+                    f"--workdir={tmp_path / 'empty'}",
+                    "--mode=eval",
+                ],
+                2,
+                ["--workdir", "has no checkpoints"],
+            ),
+            "no pictures": (
+                [
+                    *(*quick, work("g")),
+                    *("--config.evals[0].pictures=0", "--config.evals[0].training_pictures=0"),
+                ],
+                0,
+                ["eval after step 2"],
+            ),
         }
     )
 

@@ -24,13 +24,13 @@ PHASES = ("phase1", "phase2", "phase3")
 # Who may import what inside dcae_jax: each layer uses itself and those above it in this list.
 LAYERS = (
     ("errors", "rng", "data.transforms"),
-    ("config", "tree", "distributed", "data", "nets"),
+    ("config", "tree", "distributed", "data", "nets", "tiling", "latent_file"),
     ("flags", "sharding", "optim", "models"),
-    ("tasks",),
+    ("tasks", "convert"),
     ("step", "report"),
     ("checkpoint", "evals"),
-    ("provenance", "recipes", "backend"),
-    ("train",),
+    ("provenance", "recipes", "backend", "autoencoder"),
+    ("train", "codec"),
     ("inspect",),
     ("bench", "studies", "cli", "__main__"),
 )
@@ -413,7 +413,7 @@ def test_packages_that_are_imported_are_required():
              "sklearn": "scikit-learn", "orbax": "orbax-checkpoint", "google": "protobuf",
              "tensorflow_datasets": "tensorflow-datasets"}  # fmt: skip
     # Optional: asked for by a config field, named by the message when it is not there.
-    optional = {"wandb"}
+    optional = {"wandb", "torch", "diffusers"}
     missing = set()
     for path in SOURCES:
         for root in {n.split(".")[0] for n in imports(path)} - optional:

@@ -9,7 +9,7 @@ import tiny
 
 from dcae_jax import config, tree
 from dcae_jax.models.layers import BatchNormMode, Norm
-from dcae_jax.tasks.autoencode import Bottleneck, Phase
+from dcae_jax.tasks.autoencode import Bottleneck, Moments, Phase
 from dcae_jax.tasks.base import Inputs, Variables
 
 
@@ -126,7 +126,8 @@ def test_losses_of_both_players_against_numpy(monkeypatch):
         return (images * params["w"]).sum(-1, keepdims=True)
 
     monkeypatch.setattr(task, "_logits", critic)
-    monkeypatch.setattr(task, "_apply", lambda *a, **k: (jnp.asarray(y), jnp.asarray(z), {}))
+    latent = Moments(jnp.asarray(z), None)
+    monkeypatch.setattr(task, "_apply", lambda *a, **k: (jnp.asarray(y), latent, {}))
     stats = {"lecam": {"real": jnp.float32(0.2), "fake": jnp.float32(-0.1)}}
     variables = Variables({"ae": {}, "disc": {"w": jnp.asarray(w)}}, stats, {})
     inputs = Inputs({"image": jnp.asarray(x), "weight": jnp.full((3,), 1 / 3)}, {})

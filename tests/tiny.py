@@ -8,6 +8,7 @@ from dcae_jax.config import EmaConfig, GroupConfig, MeshConfig, OptimConfig, Run
 from dcae_jax.data.pipeline import DataConfig
 from dcae_jax.models.dcae import BlockKind, DCAEConfig, StagesConfig
 from dcae_jax.models.discriminator import PatchGANConfig
+from dcae_jax.models.kl_vae import KLVAEConfig
 from dcae_jax.models.layers import Act, Dtype, Norm
 from dcae_jax.tasks.autoencode import AdversarialConfig, AutoencodeConfig, LossConfig, Phase
 
@@ -32,6 +33,11 @@ def model(norm: Norm = Norm.rms) -> DCAEConfig:
         latent_channels=4, encoder=side, decoder=decoder, head_dim=8, dtype=Dtype.float32,
         last_norm_scale_init=0.1,
     )  # fmt: skip
+
+
+def kl_model() -> KLVAEConfig:
+    """f4c4, an AutoencoderKL; `recipes.use_model` puts it into a run."""
+    return KLVAEConfig(widths=(8, 8, 16), layers_per_block=1, norm_groups=4, dtype=Dtype.float32)
 
 
 def run(

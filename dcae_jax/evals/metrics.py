@@ -15,7 +15,8 @@ from jaxtyping import Array, Float, UInt8
 PEAK = 255.0
 _C1 = (0.01 * PEAK) ** 2
 _C2 = (0.03 * PEAK) ** 2
-_RADIUS = 5  # 3.5 sigma for sigma = 1.5: an 11 x 11 window
+WINDOW_SIDE = 11  # 3.5 sigma for sigma = 1.5 on both sides
+_RADIUS = WINDOW_SIDE // 2
 _WINDOW = np.exp(-0.5 * (np.arange(-_RADIUS, _RADIUS + 1) / 1.5) ** 2)
 _WINDOW = (_WINDOW / _WINDOW.sum()).astype(np.float32)
 
@@ -64,6 +65,13 @@ def ssim(
     scikit-image and the original.  `border=True` pads by reflection and takes all pixels:
     torchmetrics since 1.5.  Needs images of 11 px and more.
     """
+    return jnp.mean(ssim_map(x, y, border=border), axis=(1, 2, 3))
+
+
+def ssim_map(
+    x: UInt8[Array, "b h w c"], y: UInt8[Array, "b h w c"], *, border: bool = False
+) -> Float[Array, "b _ _ c"]:
+    """The structural similarity of each window; `ssim` is its mean."""
     if min(x.shape[1:3]) < 2 * _RADIUS + 1:
         raise ValueError(f"SSIM needs images of 11 px and more, got {x.shape[1:3]}")
     # Centred, so that E[x^2] - E[x]^2 loses fewer digits; variances do not change.
@@ -78,7 +86,7 @@ def ssim(
     mean_a, mean_b = mean_a + 128.0, mean_b + 128.0
     structure = (2.0 * covariance + _C2) / (var_a + var_b + _C2)
     luminance = (2.0 * mean_a * mean_b + _C1) / (mean_a * mean_a + mean_b * mean_b + _C1)
-    return jnp.mean(structure * luminance, axis=(1, 2, 3))
+    return structure * luminance
 
 
 def _blur(x: Float[Array, "b h w c"]) -> Float[Array, "b _ _ c"]:

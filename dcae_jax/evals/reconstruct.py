@@ -22,6 +22,7 @@ from dcae_jax.step import TrainState, ema_name
 from dcae_jax.tasks.base import Task, Variables
 from dcae_jax.tree import Tree
 
+METRICS = ("psnr", "psnr_pooled", "ssim", "n")
 Image = UInt8[np.ndarray, "h w 3"]
 Pixels = UInt8[Array, "b h w 3"] | UInt8[np.ndarray, "b h w 3"]
 
@@ -58,10 +59,15 @@ class ReconstructConfig:
     def problems(self) -> list[str]:
         """All problems of these values, each with its mend."""
         found = []
-        for name in ("n", "batch"):
-            if getattr(self, name) < 1:
-                found.append(f"evals: {name} = {getattr(self, name)} of {self.name}; at least 1")
+        for name, least in (("n", 1), ("batch", 1), ("every", 0)):
+            if getattr(self, name) < least:
+                value = getattr(self, name)
+                found.append(f"evals: {name} = {value} of {self.name}; at least {least}")
         return found
+
+    def metrics(self) -> tuple[str, ...]:
+        """The names of its scores."""
+        return METRICS
 
     def due(self, step: int, last: int) -> bool:
         """Whether it runs after `step` of `last` steps."""

@@ -10,6 +10,7 @@ import copy
 import enum
 import itertools
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from dcae_jax.errors import UserError
+from dcae_jax.models.base import AutoencoderConfig
 from dcae_jax.models.layers import (
     ACTIVATIONS,
     Act,
@@ -131,6 +133,38 @@ class DCAEConfig:
         """(h, w, c) of the latent of one image; UserError if the image does not fit."""
         check_size(height, width, self.factor)
         return height // self.factor, width // self.factor, self.latent_channels
+
+    def gaussian(self) -> bool:
+        """Never: the latent is deterministic."""
+        return False
+
+    def couples_examples(self) -> bool:
+        """Whether BatchNorms use and move batch statistics."""
+        return self.batch_norm is BatchNormMode.update
+
+    def latent_layers(self) -> str:
+        """The encoder's last stage and output, the decoder's input and first stage."""
+        last = len(self.encoder.widths) - 1
+        return rf"(encoder/(stage_{last}|conv_out)|decoder/(conv_in|stage_{last}))"
+
+    def head_layers(self) -> str:
+        """The decoder's stage of the highest resolution and its output."""
+        return rf"decoder/(stage_{self.decoder.first()}|norm_out|conv_out)"
+
+    def heights(self, resolution: int) -> dict[str, int]:
+        """Height of the activations of each stage, by its name."""
+        sizes = [resolution >> i for i in range(len(self.encoder.widths))]
+        return {f"stage_{i} ({size} px)": size for i, size in enumerate(sizes)}
+
+    def resolve(self, trainable: str) -> None:
+        """With batch_norm=update: only the stages that train may move their statistics."""
+        if self.couples_examples():
+            self.batch_norm_stages = tuple(
+                f"{side}/stage_{i}"
+                for side in ("encoder", "decoder")
+                for i in range(len(self.encoder.widths))
+                if re.fullmatch(trainable, f"ae/{side}/stage_{i}/block_0/norm/scale")
+            )
 
     def options(self, stage: str = "") -> BlockOptions:
         """What all blocks share, with the BatchNorm mode of `stage`."""
@@ -253,7 +287,8 @@ def _scalar_problems(cfg: DCAEConfig) -> list[str]:
     return found
 
 
-def _nearest(value: int, unit: int) -> str:
+def nearest(value: int, unit: int) -> str:
+    """The positive multiples of `unit` beside `value`, for messages."""
     low = value // unit * unit
     return f"{low} or {low + unit}" if low else f"{unit}"
 
@@ -262,14 +297,14 @@ def _width_problems(cfg: DCAEConfig, name: str, side: StagesConfig) -> list[str]
     """Widths that the attention heads or the pixel shuffles cannot divide."""
     found = [
         f"{name}.widths[{s.index}] = {s.width} is not a multiple of head_dim = {cfg.head_dim}, "
-        f"which its EfficientViT blocks need; nearest: {_nearest(s.width, cfg.head_dim)}"
+        f"which its EfficientViT blocks need; nearest: {nearest(s.width, cfg.head_dim)}"
         for s in cfg.stages(side)
         if s.block in SCALES and s.width % cfg.head_dim
     ]
     if side is cfg.encoder and Downsample(cfg.downsample) is Downsample.conv_unshuffle:
         found += [
             f"{name}.widths[{i}] = {w} is not a multiple of 4, which conv_unshuffle needs; "
-            f"nearest: {_nearest(w, 4)}"
+            f"nearest: {nearest(w, 4)}"
             for i, w in enumerate(side.widths)
             if i > 0 and w % 4
         ]
@@ -291,7 +326,7 @@ def _shortcut_problems(cfg: DCAEConfig, name: str, side: StagesConfig) -> list[s
         found.append(
             f"{name}.widths[-1] = {side.widths[-1]} is not a multiple of latent_channels = "
             f"{cfg.latent_channels}, which its shortcut needs; nearest: "
-            f"{_nearest(side.widths[-1], cfg.latent_channels)}, or latent_shortcuts=False"
+            f"{nearest(side.widths[-1], cfg.latent_channels)}, or latent_shortcuts=False"
         )
     return found
 
@@ -302,7 +337,7 @@ def check_size(height: int, width: int, factor: int) -> None:
         if size < factor or size % factor:
             raise UserError(
                 f"the image's {name} {size} is not a multiple of this autoencoder's factor "
-                f"{factor}; crop or pad it to {_nearest(size, factor)}"
+                f"{factor}; crop or pad it to {nearest(size, factor)}"
             )
 
 
@@ -430,6 +465,10 @@ class DCAE(nn.Module):
         self.encoder = Encoder(self.cfg)
         self.decoder = Decoder(self.cfg)
 
+    def moments(self, x: Float[Array, "b H W c"]) -> tuple[Float[Array, "b h w f"], None]:
+        """(latent, None): there is no variance."""
+        return self.encode(x), None
+
     def encode(
         self, x: Float[Array, "b H W c"], latent_channels: int | None = None
     ) -> Float[Array, "b h w f"]:
@@ -473,13 +512,13 @@ class DCAE(nn.Module):
             raise UserError(f"latent_channels = {channels}; choose one of 1..{whole}")
 
 
-def init_variables(cfg: DCAEConfig, key: PRNGKeyArray) -> dict[str, Any]:
-    """{"params": fp32, "batch_stats": if there are BatchNorms}; traceable."""
+def init_variables(cfg: AutoencoderConfig, key: PRNGKeyArray) -> dict[str, Any]:
+    """{"params": fp32, "batch_stats": if there are BatchNorms} of any autoencoder; traceable."""
     image = jnp.zeros((1, cfg.factor, cfg.factor, cfg.in_channels))
     return cfg.build().init(key, image)
 
 
-def abstract_variables(cfg: DCAEConfig) -> dict[str, Any]:
+def abstract_variables(cfg: AutoencoderConfig) -> dict[str, Any]:
     """The shapes of `init_variables`, without memory or time."""
     return jax.eval_shape(lambda: init_variables(cfg, jax.random.key(0)))
 

@@ -78,7 +78,7 @@ class PatchConv(nn.Module):
         kernel = self.param("kernel", nn.initializers.normal(INIT_STD), shape, jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
         dtype = self.dtype.value
-        y = conv2d(x.astype(dtype), kernel.astype(dtype), self.stride, padding=1)
+        y = conv2d(x.astype(dtype), kernel.astype(dtype), self.stride)
         return y + bias.astype(dtype)
 
 

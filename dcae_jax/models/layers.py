@@ -158,14 +158,15 @@ def upsample_shortcut(x: Float[Array, "b h w c"], features: int) -> Float[Array,
 
 
 def conv2d(
-    x: Float[Array, "b h w c"], kernel: Float[Array, "k k c f"], stride: int = 1, padding: int = 1
-) -> Float[Array, "b H W f"]:
-    """A dense convolution with the same zero padding on all sides, as torch pads.
+    x: Float[Array, "b h w c"], kernel: Float[Array, "k k c f"], stride: int = 1,
+    padding: tuple[int, int] = (1, 1),
+) -> Float[Array, "b H W f"]:  # fmt: skip
+    """A dense convolution with zero padding (before, after) in both directions, by default torch's.
 
     XLA's "SAME" would pad (0, 1) under an even size and stride 2, and shift the grid.
     """
     return jax.lax.conv_general_dilated(
-        x, kernel, (stride, stride), [(padding, padding)] * 2,
+        x, kernel, (stride, stride), [padding] * 2,
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )  # fmt: skip
 
@@ -306,6 +307,7 @@ class Conv(nn.Module):
     use_bias: bool = True
     unshuffle: bool = False  # the result is also unshuffled, space to depth
     options: BlockOptions = BlockOptions()
+    padding: tuple[int, int] = (1, 1)  # rows before and after, likewise columns
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b H W f"]:
@@ -315,7 +317,10 @@ class Conv(nn.Module):
         kernel = self.param("kernel", torch_uniform(fan_in), shape, jnp.float32)
         dtype = self.options.conv_dtype.value
         x, kernel = x.astype(dtype), kernel.astype(dtype)
-        y = conv_unshuffle(x, kernel) if self.unshuffle else conv2d(x, kernel, self.stride)
+        if self.unshuffle:
+            y = conv_unshuffle(x, kernel)
+        else:
+            y = conv2d(x, kernel, self.stride, self.padding)
         y = y.astype(self.options.dtype.value)
         return _add_bias(self, y, fan_in, 4 if self.unshuffle else 1) if self.use_bias else y
 

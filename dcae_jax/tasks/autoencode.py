@@ -9,7 +9,7 @@ import enum
 import re
 from collections.abc import Hashable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +17,11 @@ import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 
 from dcae_jax import sharding, tree
-from dcae_jax.config import OptimConfig, RunConfig
-from dcae_jax.models.dcae import DCAE, BatchNormMode, DCAEConfig
+from dcae_jax.config import OptimConfig, RunConfig, regex_problem
+from dcae_jax.models.base import Autoencoder
+from dcae_jax.models.dcae import DCAEConfig
 from dcae_jax.models.discriminator import PatchGANConfig
+from dcae_jax.models.kl_vae import KLVAEConfig
 from dcae_jax.nets import lpips
 from dcae_jax.tasks.base import Batch, Inputs, Loss, Metrics, Objective, Variables, add_terms
 from dcae_jax.tree import Tree
@@ -28,6 +30,14 @@ Images = Float[Array, "b h w 3"]
 
 
 STEM = "ae/encoder/conv_in/kernel"  # frozen in every phase but the first
+ENCODER_OUT = "ae/encoder/conv_out/kernel"  # trains wherever the latent space moves
+
+
+class Moments(NamedTuple):
+    """The latent of images: a Gaussian, or a point where there is no log variance."""
+
+    mean: Float[Array, "b h w c"]
+    logvar: Float[Array, "b h w c"] | None
 
 
 def _matches(pattern: str, path: str) -> bool:
@@ -49,13 +59,18 @@ class Bottleneck(enum.Enum):
     """What happens to the latent between encoder and decoder while training."""
 
     none = "none"  # deterministic, as all released DC-AE
-    kl = "kl"  # latent is a mean of a unit-variance posterior; pulled to N(0, 1)
+    kl = "kl"  # a sample of the posterior, which is pulled to N(0, 1); a DC-AE's has unit variance
     noise = "noise"  # Gaussian noise of a random scale is added
 
 
 @dataclass(slots=True)
 class LossConfig:
-    """Reconstruction losses; each weight multiplies a mean over pixels and images."""
+    """Reconstruction losses; each weight multiplies a mean over pixels and images.
+
+    `kl` multiplies the mean over latent elements and images of each element's KL divergence from
+    N(0, 1).  LDM (arXiv 2112.10752) sums the divergence over the latent and its reconstruction
+    losses over the image, so that its weight w is w c / (3 f^2) here: `recipes.ldm_kl`.
+    """
 
     l1: float = 1.0
     l2: float = 0.0
@@ -68,8 +83,8 @@ class LossConfig:
         """All problems of these values, each with its mend."""
         found = []
         for name in ("l1", "l2", "lpips", "kl", "noise"):
-            if getattr(self, name) < 0:
-                found.append(f"task.losses.{name} = {getattr(self, name)} is negative")
+            if not getattr(self, name) >= 0:  # NaN is refused too
+                found.append(f"task.losses.{name} = {getattr(self, name)}; weights are >= 0")
         if self.l1 == self.l2 == self.lpips == 0:
             found.append("task.losses: all of l1, l2, lpips are 0; set at least one")
         return found
@@ -98,14 +113,14 @@ class AdversarialConfig:
     def problems(self) -> list[str]:
         """All problems of these values, each with its mend."""
         found = []
-        if self.weight <= 0:
+        if not self.weight > 0:
             found.append(
                 f"task.adversarial.weight = {self.weight}: an adversarial phase without an "
                 "adversary; set a positive weight or use another phase"
             )
         for name in ("start_step", "warmup_steps", "r1", "lecam"):
-            if getattr(self, name) < 0:
-                found.append(f"task.adversarial.{name} is negative; 0 switches it off")
+            if not getattr(self, name) >= 0:
+                found.append(f"task.adversarial.{name} = {getattr(self, name)}; >= 0, and 0 is off")
         return found
 
 
@@ -114,7 +129,7 @@ class AutoencodeConfig:
     """One phase of training an autoencoder."""
 
     phase: Phase = Phase.low_res_full
-    model: DCAEConfig = field(default_factory=DCAEConfig)
+    model: DCAEConfig | KLVAEConfig = field(default_factory=DCAEConfig)
     trainable: str = "ae/.*"  # regex; whole parameter paths that train, all others are frozen
     losses: LossConfig = field(default_factory=LossConfig)
     bottleneck: Bottleneck = Bottleneck.none
@@ -125,18 +140,14 @@ class AutoencodeConfig:
         return AutoencodeTask(self, run)
 
     def resolve(self, run: RunConfig) -> None:
-        """With batch_norm=update: only the stages that train may move their statistics."""
-        if self.model.batch_norm is BatchNormMode.update:
-            self.model.batch_norm_stages = tuple(
-                f"{side}/stage_{i}"
-                for side in ("encoder", "decoder")
-                for i in range(len(self.model.encoder.widths))
-                if re.fullmatch(self.trainable, f"ae/{side}/stage_{i}/block_0/norm/scale")
-            )
+        """What the model derives from what trains."""
+        self.model.resolve(self.trainable)
 
     def run_problems(self, run: RunConfig) -> list[str]:
         """Problems that this task sees in the whole run."""
         found = []
+        if why := regex_problem(self.trainable):
+            found.append(f"task.trainable = {self.trainable!r} is not a regular expression ({why})")
         phase, factor = self.phase, self.model.factor
         if run.data.resolution % factor:
             low = run.data.resolution // factor * factor
@@ -157,13 +168,28 @@ class AutoencodeConfig:
             )
         if phase is Phase.low_res_local and self.adversarial is None:
             found.append("phase low_res_local is adversarial; set task.adversarial")
-        if self.model.batch_norm is BatchNormMode.update and run.microbatches > 1:
+        if self.model.couples_examples() and run.microbatches > 1:
             found.append(
                 f"microbatches = {run.microbatches} with model.batch_norm=update: batch statistics "
                 "couple the examples of a batch; use microbatches=1, batch_norm=frozen_stats, or "
                 "decoder_norm=rms"
             )
-        return found
+        return found + self._bottleneck_problems()
+
+    def _bottleneck_problems(self) -> list[str]:
+        """A Gaussian encoder without its KL loss, or with noise on top of its own."""
+        if not self.model.gaussian() or self.bottleneck is Bottleneck.kl:
+            return []
+        name = f"task.bottleneck = {self.bottleneck.value} with a KL autoencoder"
+        if self.bottleneck is Bottleneck.noise:
+            return [f"{name} would add noise to a latent that learns its own; set bottleneck=kl"]
+        if _matches(self.trainable, ENCODER_OUT):
+            return [
+                f"{name} whose encoder trains: its variances would get no gradient, and samples of "
+                "its latents would mean nothing; set bottleneck=kl (none is for a decoder trained "
+                "on the means of a frozen encoder)"
+            ]
+        return []
 
 
 class AutoencodeTask:
@@ -171,7 +197,7 @@ class AutoencodeTask:
 
     def __init__(self, cfg: AutoencodeConfig, run: RunConfig):
         self.cfg, self.run = cfg, run
-        self.model: DCAE = cfg.model.build()
+        self.model: Autoencoder = cfg.model.build()
         self.objectives = (
             Objective(
                 "ae", self._autoencoder_loss, cfg.trainable, run.optim,
@@ -215,10 +241,7 @@ class AutoencodeTask:
         lines = self.cfg.model.describe(self.run.data.resolution)
         h, w, c = self.latent_shape()
         lines.append(f"latent tokens: {h * w} of {c} channels")
-        heights = {
-            f"stage_{i} ({self.run.data.resolution >> i} px)": self.run.data.resolution >> i
-            for i in range(len(self.cfg.model.encoder.widths))
-        }
+        heights = self.cfg.model.heights(self.run.data.resolution)
         if alone := sharding.replicated_heights(heights, spatial):
             lines.append(f"not split over spatial {spatial}, but replicated: {', '.join(alone)}")
         return lines
@@ -235,9 +258,9 @@ class AutoencodeTask:
         b, h, w, _ = images.shape
         examples = {"image": images, "weight": jnp.full((b,), 1.0 / b)}
         if self.cfg.bottleneck is not Bottleneck.none:
-            f, c = self.cfg.model.factor, self.cfg.model.latent_channels
             k_noise, k_scale = jax.random.split(key)
-            examples["noise"] = jax.random.normal(k_noise, (b, h // f, w // f, c))
+            shape = (b, *self.cfg.model.latent_shape(h, w))
+            examples["noise"] = jax.random.normal(k_noise, shape)
             if self.cfg.bottleneck is Bottleneck.noise:
                 examples["noise"] *= self.cfg.losses.noise * jax.random.uniform(
                     k_scale, (b, 1, 1, 1)
@@ -245,20 +268,19 @@ class AutoencodeTask:
         return Inputs(examples, {"step": step})
 
     def predict(self, variables: Variables, batch: Batch) -> Images:
-        """The reconstruction of `batch["image"]` (uint8) in [-1, 1], without bottleneck noise."""
+        """The reconstruction of `batch["image"]` (uint8) in [-1, 1], from the latent's mean."""
         return self._apply(variables, to_float(batch["image"]), None, train=False)[0]
 
     # ------------------------------------------------------------------------------------- losses
 
     def _apply(
         self, variables: Variables, images: Images, noise: Array | None, train: bool
-    ) -> tuple[Images, Array, Tree]:
-        """(reconstruction, latent, new running statistics or {})."""
+    ) -> tuple[Images, Moments, Tree]:
+        """(reconstruction, moments of the latent, new running statistics or {})."""
 
-        def forward(model: DCAE, images: Images) -> tuple[Images, Array]:
-            latent = model.encode(images)
-            noisy = latent if noise is None else latent + noise.astype(latent.dtype)
-            return model.decode(noisy).astype(jnp.float32), latent.astype(jnp.float32)
+        def forward(model: Autoencoder, images: Images) -> tuple[Images, Moments]:
+            latent = Moments(*model.moments(images))
+            return model.decode(sample(latent, noise)), latent
 
         tree_in = {"params": variables.params["ae"]}
         if "ae" in variables.stats:
@@ -271,13 +293,13 @@ class AutoencodeTask:
 
     @property
     def _training_stats(self) -> bool:
-        return self.cfg.model.batch_norm is BatchNormMode.update
+        return self.cfg.model.couples_examples()
 
     def _autoencoder_loss(self, variables: Variables, inputs: Inputs, carry: Any) -> Loss:
         cfg, x = self.cfg, inputs.examples
         images, weight = x["image"], x["weight"]
         noise = x["noise"] if "noise" in x else None
-        y, z, stats = self._apply(variables, images, noise, train=True)
+        y, latent, stats = self._apply(variables, images, noise, train=True)
 
         def mean(per_example: Float[Array, "b ..."]) -> Float[Array, ""]:
             return jnp.sum(weight * per_example.reshape(weight.shape[0], -1).mean(axis=1))
@@ -289,9 +311,11 @@ class AutoencodeTask:
             metrics["loss_lpips"] = mean(distance)
             rec += cfg.losses.lpips * metrics["loss_lpips"]
         if cfg.bottleneck is Bottleneck.kl:
-            metrics["loss_kl"] = mean(0.5 * z**2)
+            metrics["loss_kl"] = mean(divergence(latent))
             rec += cfg.losses.kl * metrics["loss_kl"]
-        metrics |= {"loss": rec, "latent_ms": mean(z**2)}
+        metrics |= {"loss": rec, "latent_ms": mean(latent.mean**2)}
+        if latent.logvar is not None:
+            metrics["latent_std"] = mean(jnp.exp(0.5 * latent.logvar))
         terms = {"rec": rec}
         if cfg.adversarial:
             fake = self._logits(variables.params["disc"], y)
@@ -363,6 +387,8 @@ class AutoencodeTask:
             *_modules("trained", trained), *_modules("frozen ", frozen),
         ]  # fmt: skip
         losses = {n: getattr(cfg.losses, n) for n in ("l1", "l2", "lpips")}
+        if cfg.bottleneck is Bottleneck.kl:
+            losses["kl"] = cfg.losses.kl
         weights = [f"{name} {weight:g}" for name, weight in losses.items() if weight]
         if cfg.adversarial:
             a = cfg.adversarial
@@ -409,6 +435,21 @@ class AutoencodeTask:
         if metrics["disc/update_norm"] == 0 and metrics["disc/lr"] > 0:
             found.append("the discriminator's parameters do not move though its rate is above 0")
         return found
+
+
+def sample(latent: Moments, noise: Float[Array, "b h w c"] | None) -> Float[Array, "b h w c"]:
+    """The latent that is decoded: mean + std noise, with unit std where none is given."""
+    if noise is None:
+        return latent.mean
+    return latent.mean + (noise if latent.logvar is None else jnp.exp(0.5 * latent.logvar) * noise)
+
+
+def divergence(latent: Moments) -> Float[Array, "b h w c"]:
+    """KL(posterior || N(0, 1)) of each element; a point counts as the mean of unit variance."""
+    kl = 0.5 * latent.mean**2
+    if latent.logvar is not None:
+        kl += 0.5 * (jnp.exp(latent.logvar) - 1.0 - latent.logvar)
+    return kl
 
 
 def _modules(title: str, params: Tree) -> list[str]:

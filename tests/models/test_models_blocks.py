@@ -262,6 +262,16 @@ def test_attention_is_an_f32_island() -> None:
     assert np.abs(np.asarray(found, np.float64) - expected).max() < 2**-8 * np.abs(expected).max()
 
 
+def test_attention_products_are_f32_on_every_device() -> None:
+    """By default a TPU multiplies float32 in bf16 passes and a GPU in TF32."""
+    for side in (4, 8):  # quadratic, linear
+        qkv = jnp.zeros((1, side, side, 96))
+        jaxpr = jax.make_jaxpr(lambda x: L.relu_attention(x, 32))(qkv)
+        products = [e for e in jaxpr.eqns if e.primitive.name == "dot_general"]
+        highest = (jax.lax.Precision.HIGHEST,) * 2
+        assert products and all(e.params["precision"] == highest for e in products)
+
+
 def test_glumb_conv() -> None:
     x, block = draw(2, 4, 3, 8), L.GLUMBConv()
     v = variables(block, x)

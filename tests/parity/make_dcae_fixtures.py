@@ -17,6 +17,8 @@ from diffusers import AutoencoderDC
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
+sys.path.insert(0, str(HERE / "live"))
+import original  # noqa: E402
 import weights  # noqa: E402
 
 WIDTHS = (32, 32, 64, 64, 128)
@@ -97,8 +99,11 @@ def kernel(path: str, torch_shape: tuple[int, ...]) -> np.ndarray:
 
 def state_dict(model: AutoencoderDC, depths: dict[str, tuple[int, ...]]) -> dict[str, Any]:
     """Every tensor of the original filled from weights.py; q, k, v are thirds of one projection."""
-    filled = {}
-    for key, old in model.state_dict().items():
+    filled, state = {}, model.state_dict()
+    batch_norms = {
+        module_path(k.removesuffix(".running_var"), depths) for k in state if "running_var" in k
+    }
+    for key, old in state.items():
         name, leaf = key.rsplit(".", 1)
         if leaf == "num_batches_tracked":
             filled[key] = old
@@ -117,6 +122,8 @@ def state_dict(model: AutoencoderDC, depths: dict[str, tuple[int, ...]]) -> dict
                 value = weights.weight(f"batch_stats/{path}/{leaf[8:]}", tuple(old.shape))
             elif leaf == "weight" and old.ndim > 1:
                 value = kernel(f"params/{path}/kernel", tuple(old.shape))
+                if weights.before_rms(path, batch_norms):
+                    value = value * np.float32(weights.SMALL)
             else:
                 leaf = {"weight": "scale", "bias": "bias"}[leaf]
                 value = weights.weight(f"params/{path}/{leaf}", tuple(old.shape))
@@ -126,16 +133,19 @@ def state_dict(model: AutoencoderDC, depths: dict[str, tuple[int, ...]]) -> dict
 
 
 def outputs(model: AutoencoderDC, name: str, size: tuple[int, int]) -> dict[str, np.ndarray]:
-    """Latent, reconstruction, and the gradient of the whole by the image."""
+    """Latent, reconstruction, and the gradient of the whole by an image that meets no kink."""
     tag = f"{name}/{size[0]}x{size[1]}"
-    x = torch.from_numpy(weights.normal(f"{tag}/x", (2, *size, 3))).permute(0, 3, 1, 2)
-    x.requires_grad_()
+    images = {i: weights.normal(f"{tag}/x{i}", (2, *size, 3)) for i in range(100)}
+    chosen, gap = original.off_kinks(original.both(model), images.values())
+    index = next(i for i, image in images.items() if image is chosen)
+    print(f"{tag}: image {index}, ReLU inputs at least {gap:.2g} of the largest")
+    x = original.nchw(chosen).requires_grad_()
     z = model.encode(x).latent
     y = model.decode(z).sample
     cotangent = torch.from_numpy(weights.normal(f"{tag}/dy", (2, *size, 3))).permute(0, 3, 1, 2)
     (dx,) = torch.autograd.grad((y * cotangent).sum(), x)
     large = {"y": y, "dx": dx}
-    found = {f"{tag}/z": nhwc(z)}
+    found = {f"{tag}/image": np.array(index), f"{tag}/z": nhwc(z)}
     for key, value in large.items():
         flat = nhwc(value).reshape(-1)
         found[f"{tag}/{key}"] = flat[weights.sample(f"{tag}/{key}", flat.size)]

@@ -7,6 +7,9 @@ import zlib
 
 import numpy as np
 
+# What a kernel in front of an RMS norm is multiplied by: see `before_rms`.
+SMALL = 0.001
+
 
 def _generator(path: str) -> np.random.Generator:
     return np.random.default_rng(zlib.crc32(path.encode()))
@@ -26,6 +29,17 @@ def weight(path: str, shape: tuple[int, ...]) -> np.ndarray:
     if name == "var":
         return g.uniform(0.3, 1.5, shape).astype(np.float32)
     return (0.2 * g.standard_normal(shape)).astype(np.float32)  # bias, mean
+
+
+def before_rms(path: str, batch_norms: set[str]) -> bool:
+    """Whether the kernel at `path` feeds an RMS norm; `batch_norms` are the paths of the others.
+
+    The norm removes the scale of what it gets, so that a kernel larger by 1 % would go unseen.
+    Multiplied by SMALL, the mean square is near the norm's eps (1e-5) and the scale counts.
+    """
+    module = path.removeprefix("params/").removesuffix("/kernel")
+    block, _, name = module.rpartition("/")
+    return name in ("conv2", "proj", "point") and f"{block}/norm" not in batch_norms
 
 
 def normal(name: str, shape: tuple[int, ...]) -> np.ndarray:

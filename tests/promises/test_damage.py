@@ -162,6 +162,18 @@ def test_promise_7_all_damaged_changes_nothing(saved, tmp_path):
     assert runs.digest(workdir) == before and not (workdir / "checkpoints_damaged").exists()
 
 
+def test_a_look_leaves_a_damaged_step_where_it_is(saved, tmp_path, caplog):
+    workdir = tmp_path / "w"
+    shutil.copytree(saved, workdir)
+    _truncate(workdir / "checkpoints" / "8", "params", None)
+    before = runs.digest(workdir)
+    manager = open_(workdir)
+    state, _ = manager.restore_newest(target().replace(opt={}), exact=False)
+    manager.close()
+    assert int(state.step) == 4 and state.opt == {} and "checkpoint 8" in caplog.text
+    assert runs.digest(workdir) == before
+
+
 def test_damaged_best_checkpoint_does_not_stop_the_start(saved, tmp_path):
     """Retention by a metric reads each step's metrics when the folder is opened."""
     workdir = tmp_path / "run"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny
 
-from dcae_jax import sharding, tree
+from dcae_jax import recipes, sharding, tree
 from dcae_jax.models.dcae import Remat
 from dcae_jax.tasks.autoencode import LossConfig, Phase
 
@@ -144,6 +144,24 @@ def test_promise_1_pairwise(phase, mesh, microbatches, remat):
 @pytest.mark.parametrize(("phase", "mesh", "microbatches", "remat"), everything())
 def test_promise_1_product(phase, mesh, microbatches, remat):
     check(phase, mesh, microbatches, remat)
+
+
+def test_promise_1_kl_autoencoder():
+    """Group norms and attention over a sharded height, samples of the latent over microbatches."""
+
+    def kl_config(*args):
+        cfg = config(Phase.low_res_full, *args)
+        recipes.use_model(cfg, tiny.kl_model())
+        cfg.task.losses.kl = 0.1
+        return cfg
+
+    metrics, grads, params = sgd(tiny.Trainer(kl_config()))
+    many = tiny.Trainer(kl_config((2, 1, 4, False), 4, Remat.block), devices=8)
+    found, found_grads, found_params = sgd(many)
+    assert found.keys() == metrics.keys()
+    for name in metrics:
+        np.testing.assert_allclose(found[name], metrics[name], rtol=TOLERANCE, atol=1e-7)
+    assert error(found_grads, grads) <= TOLERANCE and error(found_params, params) <= TOLERANCE
 
 
 def test_parameters_are_really_sharded():

@@ -132,6 +132,30 @@ def test_torn_files_of_a_killed_writer_do_not_matter(whole, tmp_path):
         assert json.loads((tmp_path / name).read_text())
 
 
+def test_the_best_checkpoint_is_one_that_was_scored(tmp_path):
+    """Evaluations after 5, 10, 12, checkpoints after 2, 4, ...: only 10 and 12 have scores.
+
+    The score grows, so the lowest of those that count is that of 10; 6 and 8, which come after the
+    still lower score of 5, do not have it.
+    """
+    best = {"checkpoint.best": "folder-32-test/psnr", "checkpoint.best_is_highest": False}
+    assert (
+        runs.run("phase1", tmp_path, **best, **{"checkpoint.every": 2, "checkpoint.keep": 1}) == 0
+    )
+    scores = [runs.rows(tmp_path)[k]["folder-32-test/psnr"] for k in (5, 10, 12)]
+    assert scores == sorted(scores)
+    assert runs.steps(tmp_path) == [10, 12]
+
+
+def test_pauses_to_come_are_counted():
+    cfg = runs.make_config("phase1", steps=12)  # evaluations each 5 steps, checkpoints each 4
+    for done in range(13):
+        ahead = range(done + 1, 13)
+        found = train._pauses_to_come(cfg, done)
+        assert found["checkpoint"] == sum(k % 4 == 0 for k in ahead)
+        assert found["eval"] == sum(k % 5 == 0 for k in ahead)
+
+
 def test_a_profile_ends_with_its_window_the_run_or_a_preemption(tmp_path, capsys):
     """Resuming inside the window starts none: there is nothing that could be ended."""
     options = {"report.profile_at": 2, "report.profile_steps": 4, "steps": 8}
@@ -150,7 +174,8 @@ def test_evaluation_writes_what_it_ran_and_nothing_else(whole, tmp_path):
     before = runs.digest(tmp_path / "run")
     cfg = runs.make_config("phase1")
     cfg.evals[0].name = "other"
-    assert train.evaluate(cfg, str(tmp_path / "run"), runs.StopAt()) == train.DONE
+    with runs.devices(1):
+        assert train.evaluate(cfg, str(tmp_path / "run"), runs.StopAt()) == train.DONE
     scores = json.loads((tmp_path / "run" / "eval" / "000000012.json").read_text())
     assert sorted(scores) == ["other/n", "other/psnr", "other/psnr_pooled", "other/ssim"]
     trained = runs.rows(whole)[12]

@@ -1,0 +1,125 @@
+"""Options that the commands for images share, and what is made of them."""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dcae_jax.autoencoder import Autoencoder
+    from dcae_jax.codec import Codec, CodecConfig
+    from dcae_jax.data.files import ImageFile
+    from dcae_jax.data.transforms import Pixels
+
+FROM = (
+    "workdir of a run or an import, or one step directory of it; folder or file of PyTorch "
+    "weights; or a name on the Hugging Face hub"
+)
+
+
+def parser(name: str, doc: str) -> argparse.ArgumentParser:
+    """A parser whose description is the module's docstring as it stands."""
+    return argparse.ArgumentParser(
+        prog=f"python -m dcae_jax {name}",
+        description=doc,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def add_source(to: argparse.ArgumentParser) -> None:
+    """Which weights."""
+    to.add_argument("--from", dest="source", required=True, metavar="DIR_OR_HUB_NAME", help=FROM)
+    to.add_argument(
+        "--variant", metavar="NAME", help="the release, where a bare file leaves it open"
+    )
+    to.add_argument(
+        "--params", choices=("ema", "raw"), default="ema",
+        help="which weights of a run: the average (default) or the raw ones",
+    )  # fmt: skip
+    to.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32",
+        help="of activations; float32 (default) gives the same numbers on every device, bfloat16 "
+        "is faster on accelerators and needs half the memory",
+    )  # fmt: skip
+
+
+def add_images(to: argparse.ArgumentParser) -> None:
+    """Which images."""
+    to.add_argument(
+        "--images", nargs="+", required=True, metavar="PATH",
+        help="image files, and folders, which are read with their subfolders",
+    )  # fmt: skip
+
+
+def add_codec(to: argparse.ArgumentParser) -> None:
+    """How large images are computed."""
+    to.add_argument(
+        "--tile", type=int, default=0, metavar="N",
+        help="cut larger images into tiles of N x N pixels: the device holds one tile, whatever "
+        "the size of the image; a multiple of the autoencoder's factor",
+    )  # fmt: skip
+    to.add_argument(
+        "--overlap", type=int, default=0, metavar="M",
+        help="pixels that tiles share at least, blended; a multiple of the factor up to half a "
+        "tile (default: a quarter)",
+    )  # fmt: skip
+    to.add_argument(
+        "--spatial", type=int, default=1, metavar="N",
+        help="share the height of each image among N devices: each holds an N-th of the "
+        "activations, and the result is that of one device, to rounding; not with --tile",
+    )  # fmt: skip
+
+
+def codec_config(args: argparse.Namespace) -> "CodecConfig":
+    """The values of `add_codec`; UserError if they cannot be, whatever the autoencoder."""
+    import jax
+
+    from dcae_jax import codec
+    from dcae_jax.models.layers import Dtype
+
+    cfg = codec.CodecConfig(Dtype(args.dtype), args.tile, args.overlap, args.spatial)
+    codec.check(cfg, jax.device_count())
+    return cfg
+
+
+def load(args: argparse.Namespace) -> "Autoencoder":
+    """The autoencoder of `add_source`; says which weights it found."""
+    from dcae_jax import autoencoder, backend
+    from dcae_jax.config import InitWeights
+
+    backend.compile_cache("auto")
+    weights = InitWeights.ema if args.params == "ema" else InitWeights.params
+    net = autoencoder.load(args.source, weights, args.variant)
+    factor = "unknown" if net.scaling_factor is None else f"{net.scaling_factor:.5g}"
+    print(
+        f"{net.source}: f{net.cfg.factor}c{net.cfg.latent_channels}, scaling factor {factor}",
+        flush=True,
+    )
+    return net
+
+
+def open_codec(net: "Autoencoder", cfg: "CodecConfig") -> "Codec":
+    """The autoencoder ready for images, with its progress on stdout."""
+    from dcae_jax import codec
+
+    return codec.Codec(net, cfg, lambda line: print(line, flush=True))
+
+
+def each_image(
+    found: "list[ImageFile]", bad: list[dict[str, str]]
+) -> "Iterator[tuple[str, ImageFile, Pixels]]":
+    """("[3/12]", file, pixels) of the intact images, equal sizes behind each other.
+
+    A bad one is named on stderr and added to `bad`.
+    """
+    from dcae_jax.data.transforms import BadRecord
+
+    for i, file in enumerate(sorted(found, key=lambda file: (file.size(), file.name)), 1):
+        progress = f"[{i}/{len(found)}]"
+        try:
+            pixels = file.read()
+        except BadRecord as e:
+            bad.append({"file": str(file.path), "reason": str(e)})
+            print(f"{progress} left out: {e}", file=sys.stderr, flush=True)
+            continue
+        yield progress, file, pixels

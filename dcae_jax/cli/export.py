@@ -1,0 +1,132 @@
+"""Export an autoencoder to PyTorch: the diffusers or the official layout, checked where it can be.
+
+OUT holds config.json, the weights, parity.npz (an input with its latent and reconstruction) and a
+README.md with the PyTorch lines that check them.  Where torch and diffusers are installed, the
+folder is loaded and run at once; --verify makes that mandatory.
+"""
+
+import argparse
+from typing import TYPE_CHECKING
+
+from dcae_jax.cli import _options
+
+if TYPE_CHECKING:
+    from etils import epath
+
+    from dcae_jax.autoencoder import Autoencoder
+    from dcae_jax.convert.to_torch import Export
+
+
+def main(argv: list[str]) -> int:
+    """Entry point of `python -m dcae_jax export`."""
+    args = _parser().parse_args(argv)
+    from dcae_jax import autoencoder, backend, checkpoint
+    from dcae_jax.config import InitWeights
+    from dcae_jax.convert import to_torch
+
+    out = checkpoint.absolute(args.out)
+    to_torch.refuse_existing(out)
+    backend.compile_cache("auto")
+    weights = InitWeights.ema if args.params == "ema" else InitWeights.params
+    export = _plan(autoencoder.load(args.workdir, weights), args)
+    _check_verifiable(export, out, args.verify)
+    to_torch.write(export, out)
+    print(f"wrote {out}: {export.source}, scaling factor {export.scaling_factor:g}", flush=True)
+    _verify(export, out)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _options.parser("export", __doc__)
+    parser.add_argument(
+        "--workdir", required=True, metavar="DIR", help="of a run or an import, or one step of it"
+    )
+    parser.add_argument("--to", required=True, choices=("diffusers", "official"), help="the layout")
+    parser.add_argument(
+        "--params", choices=("ema", "raw"), default="ema",
+        help="which weights of a run: the average (default) or the raw ones",
+    )  # fmt: skip
+    parser.add_argument("--out", required=True, metavar="DIR", help="a new or empty folder")
+    parser.add_argument(
+        "--scaling-factor", type=float, metavar="X",
+        help="1 / RMS of the latents, instead of what is recorded with the weights",
+    )  # fmt: skip
+    parser.add_argument(
+        "--variant", metavar="NAME", help="the release whose name the official config.json gets"
+    )
+    parser.add_argument("--verify", action="store_true", help="fail unless PyTorch has agreed")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"),
+        help="of the tensors (default: as imported, float32 for trained weights)",
+    )  # fmt: skip
+    return parser
+
+
+def _plan(ae: "Autoencoder", args: argparse.Namespace) -> "Export":
+    """What will be written; UserError if the scaling factor is unknown."""
+    from dcae_jax.convert import names
+    from dcae_jax.convert.to_torch import Export
+
+    layout = names.Layout(args.to)
+    dtypes, counters = (ae.origin.dtypes, ae.origin.counters) if ae.origin else ({}, {})
+    return Export(
+        ae.cfg, ae.variables, layout, _factor(ae, args), ae.source, _release(ae, args.variant),
+        dtypes=names.translated(ae.cfg, dtypes, layout),
+        counters=names.translated(ae.cfg, counters, layout),
+        dtype=args.dtype,
+    )  # fmt: skip
+
+
+def _factor(ae: "Autoencoder", args: argparse.Namespace) -> float:
+    from dcae_jax.errors import UserError
+
+    given, known = args.scaling_factor, ae.scaling_factor
+    if given is None and known is None:
+        raise UserError(
+            f"the scaling factor of {ae.source} is unknown: measure it with\n"
+            f"  python -m dcae_jax latent-stats --from {args.workdir} ...\n"
+            "or give it with --scaling-factor (1 / RMS of the latents)"
+        )
+    if given is not None and not 0 < given < float("inf"):
+        raise UserError(f"--scaling-factor {given} is not positive; it is 1 / RMS of the latents")
+    if None not in (given, known) and given != known:
+        print(f"scaling factor {given:g} as given, instead of {known:g} as recorded", flush=True)
+    return known if given is None else given
+
+
+def _release(ae: "Autoencoder", variant: str | None) -> str | None:
+    """Whose name the official config.json gets: of unchanged weights, or as the user says."""
+    from dcae_jax.convert import layouts, releases
+    from dcae_jax.errors import UserError
+
+    if variant is None:
+        return ae.origin.release if ae.origin else None
+    release = releases.require(variant)
+    found = layouts.network_differences(ae.cfg, releases.RELEASES[release].config())
+    if found:
+        lines = "\n".join(f"  - {line}" for line in found)
+        raise UserError(f"{ae.source} is not the network of {release} (here, there):\n{lines}")
+    return release
+
+
+def _check_verifiable(export: "Export", out: "epath.Path", must: bool) -> None:
+    """UserError, before anything is written, if --verify cannot be kept."""
+    from dcae_jax.convert import verify
+    from dcae_jax.errors import UserError
+
+    if must and (why := verify.problem(export.cfg, out)):
+        raise UserError(f"--verify: {why}")
+
+
+def _verify(export: "Export", out: "epath.Path") -> None:
+    from dcae_jax.convert import verify
+
+    if why := verify.problem(export.cfg, out):
+        print(f"not verified: {why}; README.md there has the lines that check it")
+        return
+    errors = verify.verify(out, export.cfg, export.layout)
+    verify.check(out, errors)
+    print(
+        f"verified in PyTorch: largest relative error {errors.latent:.1e} of the latent, "
+        f"{errors.reconstruction:.1e} of the reconstruction"
+    )

@@ -1,0 +1,234 @@
+"""Reconstruct images of any size: PNGs, a grid with the errors, PSNR and SSIM.
+
+Images are turned upright (EXIF), transparent ones laid on white, grey and CMYK ones made RGB; their
+last row and column are repeated up to a multiple of the autoencoder's factor, and cropped again.
+Folders are read with their subfolders. A bad image is named and left out; the exit code is then 1.
+Examples:
+
+  python -m dcae_jax reconstruct --from runs/demo/phase3 --images photo.jpg holidays/ --out seen
+  python -m dcae_jax reconstruct --from runs/demo/phase3 --images huge.tif --out seen \\
+      --tile 1024 --overlap 256 --compare-untiled
+
+OUT/NAME.png is the reconstruction of each image, OUT/grid.png shows the first ones as
+original | reconstruction | error, OUT/scores.json holds the scores. What fits is best done whole
+(tiles change the result a little: --compare-untiled measures it), or with --spatial N on N devices.
+Each size compiles once; among many sizes, --tile gives those above it one size.
+"""
+
+import dataclasses
+import json
+import math
+import time
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from dcae_jax.cli import _options
+
+if TYPE_CHECKING:
+    import numpy as np
+    from etils import epath
+
+    from dcae_jax.autoencoder import Autoencoder
+    from dcae_jax.codec import Codec, CodecConfig
+    from dcae_jax.data.files import ImageFile
+    from dcae_jax.data.transforms import Pixels
+
+_SHOWN = 8  # images in the grid
+_CELL = 384  # pixels of the longer side of a picture in the grid
+_LABEL = 28  # letters of a name in the grid
+
+
+def main(argv: list[str]) -> int:
+    """Entry point of `python -m dcae_jax reconstruct`; 1 if an image could not be used."""
+    parser = _options.parser("reconstruct", __doc__)
+    _options.add_source(parser)
+    _options.add_images(parser)
+    parser.add_argument("--out", required=True, metavar="DIR", help="a new or empty folder")
+    _options.add_codec(parser)
+    parser.add_argument(
+        "--compare-untiled", action="store_true",
+        help="also do each image whole and print how much the tiles changed it",
+    )  # fmt: skip
+    args = parser.parse_args(argv)
+    from dcae_jax.data import files
+    from dcae_jax.errors import UserError
+
+    if args.compare_untiled and not args.tile:
+        raise UserError("--compare-untiled compares tiles with the whole image: give --tile")
+    cfg = _options.codec_config(args)
+    found = files.find(args.images, reserved=("grid",))
+    out = files.new_folder(args.out, "--out")
+    net = _options.load(args)
+    codec = _options.open_codec(net, cfg)
+    work = _Work(codec, codec.untiled() if args.compare_untiled else None, out)
+    rows, bad, shown = _all(work, found)
+    _write_scores(out, net, cfg, rows, bad)
+    if rows:
+        _write_grid(out, rows, shown, net.source)
+        print(table(rows))
+    print(f"\n{len(rows)} reconstructions in {out}" + (f", {len(bad)} bad image(s)" if bad else ""))
+    return 1 if bad else 0
+
+
+class _Work(NamedTuple):
+    codec: "Codec"
+    untiled: "Codec | None"
+    out: "epath.Path"
+
+
+def _all(
+    work: _Work, found: "list[ImageFile]"
+) -> "tuple[list[dict[str, Any]], list[dict[str, str]], dict[str, list[np.ndarray]]]":
+    """(scores, bad files, pictures for the grid)."""
+    rows, bad, shown = [], [], {}
+    wanted = {file.name for file in found[:_SHOWN]}
+    for progress, file, original in _options.each_image(found, bad):
+        begin = time.perf_counter()
+        row, reconstruction = _one(work, file, original)
+        rows.append(row)
+        if file.name in wanted:
+            shown[file.name] = _cells(original, reconstruction)
+        seconds = time.perf_counter() - begin
+        size = f"{row['width']} x {row['height']}"
+        print(f"{progress} {file.name}  {size} px, {seconds:.1f} s", flush=True)
+    return sorted(rows, key=lambda row: row["name"]), bad, shown
+
+
+def _one(work: _Work, file: "ImageFile", original: "Pixels") -> "tuple[dict[str, Any], Pixels]":
+    """Reconstructs, writes, scores."""
+    from dcae_jax import codec as codec_lib
+    from dcae_jax.report import images as pictures
+
+    height, width = original.shape[:2]
+    latent = work.codec.encode(original)
+    whole = work.codec.decode(latent)
+    pixels = codec_lib.to_pixels(whole, height, width)
+    path = work.out / f"{file.name}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(pictures.to_png(pixels))
+    row = {
+        "name": file.name, "file": str(file.path), "height": height, "width": width,
+        "latent": list(latent.shape), **_scores(original, pixels),
+    }  # fmt: skip
+    if work.untiled is not None:
+        row["tiled_against_untiled"] = _compare(work, original, whole, row)
+    return row, pixels
+
+
+def _scores(original: "Pixels", pixels: "Pixels") -> dict[str, float | None]:
+    """PSNR and SSIM; the PSNR of equal images, which is infinite, is None (null in JSON)."""
+    from dcae_jax.evals import image_scores
+
+    found = image_scores.scores(original, pixels)
+    return {"psnr": found.psnr if math.isfinite(found.psnr) else None, "ssim": found.ssim}
+
+
+def _compare(
+    work: _Work, original: "Pixels", tiled: "np.ndarray", row: dict[str, Any]
+) -> dict[str, float] | None:
+    """The difference to the untiled reconstruction in grey levels; None where nothing is cut."""
+    from dcae_jax import codec as codec_lib
+    from dcae_jax import tiling
+
+    size = tiled.shape[:2]
+    if not work.codec.tiling.splits(*size):
+        print(f"  {row['name']}: not larger than a tile, done whole")
+        return None
+    whole = work.untiled.decode(work.untiled.encode(original))
+    seams = tiling.blended(*size, work.codec.tiling, work.codec.factor)
+    scale = 127.5  # grey levels of 0..255
+    found = tiling.difference(scale * tiled, scale * whole, seams)
+    scores = _scores(original, codec_lib.to_pixels(whole, row["height"], row["width"]))
+    tiles, untiled = (_number(each["psnr"], 2).strip() for each in (row, scores))
+    print(
+        f"  {row['name']}: |tiled - untiled| in grey levels: largest {found.largest:.2f}; mean in "
+        f"the overlaps {found.seam:.4f}, elsewhere {found.interior:.4f} ({found.ratio:.2f} x); "
+        f"PSNR {tiles} in tiles, {untiled} whole"
+    )
+    return {**found._asdict(), "untiled_psnr": scores["psnr"], "untiled_ssim": scores["ssim"]}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """PSNR and SSIM of each image, and their means."""
+    width = max(len("mean"), *(len(row["name"]) for row in rows))
+    lines = [f"\n{'image':{width}}  {'size':>13}  PSNR dB    SSIM"]
+    for row in rows:
+        size = f"{row['width']} x {row['height']}"
+        psnr, ssim = row["psnr"], row["ssim"]
+        lines.append(f"{row['name']:{width}}  {size:>13}  {_number(psnr, 2)}  {_number(ssim, 4)}")
+    means = mean(rows)
+    lines.append(
+        f"{'mean':{width}}  {'':>13}  {_number(means['psnr'], 2)}  {_number(means['ssim'], 4)}"
+    )
+    if any(row["psnr"] is None or row["ssim"] is None for row in rows):
+        lines.append("-: equal images (PSNR), or below 11 px (SSIM); not in the means")
+    return "\n".join(lines)
+
+
+def _number(value: float | None, digits: int) -> str:
+    return f"{'-' if value is None else format(value, f'.{digits}f'):>{digits + 5}}"
+
+
+def mean(rows: list[dict[str, Any]]) -> dict[str, float | None]:
+    """Means over the images that have the score."""
+    found = {}
+    for name in ("psnr", "ssim"):
+        values = [row[name] for row in rows if row[name] is not None]
+        found[name] = sum(values) / len(values) if values else None
+    return found
+
+
+def _write_scores(
+    out: "epath.Path", net: "Autoencoder", cfg: "CodecConfig", rows: list[dict[str, Any]],
+    bad: list[dict[str, str]],
+) -> None:  # fmt: skip
+    from dcae_jax.codec import PADDING
+
+    record = {
+        "source": net.source, "encoder": net.encoder,
+        **dataclasses.asdict(cfg), "dtype": cfg.dtype.value, "padding": PADDING,
+        "images": rows, "mean": mean(rows), "bad": bad,
+    }  # fmt: skip
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "scores.json").write_text(json.dumps(record, indent=1))
+
+
+def _cells(original: "Pixels", reconstruction: "Pixels") -> "list[np.ndarray]":
+    """Original, reconstruction and error for the grid; large ones scaled down after the error."""
+    from dcae_jax.report import images as pictures
+
+    error = pictures.error_map(original, reconstruction, _GAIN)
+    return [_smaller(picture) for picture in (original, reconstruction, error)]
+
+
+_GAIN = 4.0
+
+
+def _smaller(picture: "Pixels") -> "Pixels":
+    import numpy as np
+    from PIL import Image
+
+    image = Image.fromarray(picture)
+    image.thumbnail((_CELL, _CELL), Image.Resampling.BOX)
+    return np.asarray(image)
+
+
+def _write_grid(
+    out: "epath.Path", rows: list[dict[str, Any]], shown: "dict[str, list[np.ndarray]]", source: str
+) -> None:
+    from dcae_jax.report import images as pictures
+
+    labels = [_label(row) for row in rows if row["name"] in shown]
+    some = f"{len(shown)} of {len(rows)} images, " if len(shown) < len(rows) else ""
+    picture = pictures.grid(
+        [shown[row["name"]] for row in rows if row["name"] in shown],
+        columns=["original", "reconstruction", f"error x{_GAIN:g}"],
+        labels=labels, caption=f"{some}{source}",
+    )  # fmt: skip
+    (out / "grid.png").write_bytes(pictures.to_png(picture))
+
+
+def _label(row: dict[str, Any]) -> str:
+    """Name, size and PSNR; of a long name the end, which tells files of a folder apart."""
+    name = row["name"] if len(row["name"]) <= _LABEL else f"...{row['name'][3 - _LABEL :]}"
+    psnr = "identical" if row["psnr"] is None else f"{row['psnr']:.1f} dB"
+    return f"{name}\n{row['width']} x {row['height']}\n{psnr}"

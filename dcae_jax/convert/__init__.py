@@ -1,0 +1,1 @@
+"""Weights in and out of PyTorch's layouts: names, configs, releases, reading, writing, checking."""

@@ -1,0 +1,361 @@
+"""Reads an autoencoder in a PyTorch layout: a folder, a file, or a name on the hub.
+
+Nothing is guessed: what the weights are comes from config.json, from the names and shapes of the
+tensors, or from the user.  Tensors are read one at a time.
+"""
+
+import contextlib
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+import ml_dtypes
+import numpy as np
+from etils import epath
+
+from dcae_jax import tree
+from dcae_jax.convert import layouts, names, releases
+from dcae_jax.convert.layouts import Described
+from dcae_jax.convert.names import AnyConfig, Layout
+from dcae_jax.errors import UserError
+from dcae_jax.nets.torch_file import Info, TensorFile, open_tensors
+from dcae_jax.tree import Tree
+
+SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+USUAL = ("diffusion_pytorch_model", "model")  # stems of weights in folders of PyTorch layouts
+DTYPES = {
+    np.dtype(np.float32): "float32",
+    np.dtype(np.float16): "float16",
+    np.dtype(ml_dtypes.bfloat16): "bfloat16",
+}
+ROOTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
+# Wrappers of trainers around the autoencoder's names, and what else they hold.
+PREFIXES = ("module.", "autoencoder.", "0.")
+
+
+@dataclass(frozen=True)
+class Imported:
+    """Converted weights and what the file said beside them."""
+
+    cfg: AnyConfig
+    variables: Tree  # {"params": ..., "batch_stats": ... if any}, f32
+    scaling_factor: float | None  # None: unknown
+    release: str | None  # name of the released weights; None: nobody's
+    dtypes: dict[str, str]  # of the tensors that were not float32
+    counters: dict[str, int]  # BatchNorm's num_batches_tracked
+    source: str
+    notes: list[str] = field(default_factory=list)  # what was done on the way, for people
+
+
+class Tensors(NamedTuple):
+    """All tensors of a source under the names of their layout."""
+
+    infos: dict[str, Info]
+    read: Callable[[str], np.ndarray]
+    notes: list[str]
+
+
+def load(source: str, variant: str | None = None, part: str | None = None) -> Imported:
+    """The weights of a folder, a file or a hub name (owner/name), converted.
+
+    `variant`: the release, where the source leaves it open.  `part`: which weights of a checkpoint
+    that holds several.  UserError lists all that does not fit; nothing is written anywhere.
+    """
+    release, published = None if variant is None else releases.require(variant), None
+    path = _absolute(source)
+    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+        path, published = epath.Path(download(source)), releases.named(source)
+    if not path.exists():
+        raise UserError(
+            f"{source} does not exist; give a workdir, a folder with config.json and weights, a "
+            f"{', '.join(SUFFIXES)} file, or a name on the hub (owner/name)"
+        )
+    config, files = _find(path)
+    with contextlib.ExitStack() as stack:
+        opened = [stack.enter_context(open_tensors(f, part)) for f in files]
+        tensors = _unwrap(_merged(opened))
+        found = _describe(config, tensors, release, source)
+        notes = tensors.notes
+        if published is not None and release is None:
+            found, more = _published(found, published, source)
+            notes += more
+        return _convert(found, tensors._replace(notes=notes + _hint(found)), source)
+
+
+def _absolute(source: str) -> epath.Path:
+    path = epath.Path(source).expanduser()
+    return path if "://" in source else path.resolve()
+
+
+# ------------------------------------------------------------------------------------------ files
+
+
+def _find(path: epath.Path) -> tuple[epath.Path | None, list[epath.Path]]:
+    """(config.json if the source is a folder, the files of weights)."""
+    if not path.is_dir():
+        return None, [path]
+    config = path / "config.json"
+    if not config.is_file():
+        hint = "; its autoencoder is in vae/" if (path / "vae" / "config.json").is_file() else ""
+        raise UserError(
+            f"{path} has no config.json{hint}; give a folder in diffusers' or the official layout, "
+            "or one file of weights with --variant"
+        )
+    inside = sorted(p.name for p in path.iterdir())
+    if indices := [n for n in inside if n.endswith(".safetensors.index.json")]:
+        return config, _shards(path, _single(path, indices, ".safetensors.index.json"))
+    for suffixes in ((".safetensors",), SUFFIXES[1:]):
+        if weights := [n for n in inside if n.endswith(suffixes)]:
+            suffix = suffixes[0] if len(suffixes) == 1 else ""
+            return config, [path / _single(path, weights, suffix)]
+    raise UserError(f"{path} holds no weights; expected a {', '.join(SUFFIXES)} file")
+
+
+def _single(path: epath.Path, found: list[str], suffix: str) -> str:
+    """The one file, or that with a usual name; UserError if it stays open which."""
+    usual = [stem + suffix for stem in USUAL if stem + suffix in found]
+    if len(found) == 1 or usual:
+        return (usual or found)[0]
+    raise UserError(
+        f"{path} holds several files of weights: {', '.join(found)}; give a folder with "
+        "config.json and one of them"
+    )
+
+
+def _shards(path: epath.Path, index: str) -> list[epath.Path]:
+    try:
+        shards = sorted(set(json.loads((path / index).read_text())["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError) as e:
+        raise UserError(f"{path / index} is no index of shards ({type(e).__name__}: {e})") from e
+    if missing := [s for s in shards if not (path / s).is_file()]:
+        raise UserError(f"{path}: {index} names {', '.join(missing)}, which is not there")
+    return [path / s for s in shards]
+
+
+def _merged(files: list[TensorFile]) -> Tensors:
+    owner: dict[str, TensorFile] = {}
+    for file in files:
+        if twice := owner.keys() & file.infos.keys():
+            raise UserError(f"{file.path} repeats {sorted(twice)[0]} of {owner[min(twice)].path}")
+        owner |= dict.fromkeys(file.infos, file)
+    notes = [f"taken from {f.path.name}: {f.part}" for f in files if f.part]
+    notes += [f"left out of {f.path.name}: {', '.join(f.left_out)}" for f in files if f.left_out]
+    infos = {key: file.infos[key] for key, file in owner.items()}
+    return Tensors(infos, lambda key: owner[key].read(key), notes)
+
+
+def _unwrap(tensors: Tensors) -> Tensors:
+    """Strips the prefixes that trainers put before the autoencoder's names, and says so."""
+    real, notes = {key: key for key in tensors.infos}, list(tensors.notes)
+    while not any(key.startswith(ROOTS) for key in real):
+        prefix = next((p for p in PREFIXES if any(k.startswith(p) for k in real)), None)
+        if prefix is None:
+            break
+        rest = sorted({k.split(".")[0] for k in real if not k.startswith(prefix)})
+        real = {k.removeprefix(prefix): v for k, v in real.items() if k.startswith(prefix)}
+        notes.append(f"stripped the prefix {prefix!r}" + (f"; left out {rest}" if rest else ""))
+    if former := [k for k in real if any(old in k for old in names.FORMER_NAMES)]:
+        notes.append(f"{len(former)} tensor(s) have former names, such as {former[0]}")
+        real = {_present(k): v for k, v in real.items()}
+    infos = {key: tensors.infos[name] for key, name in real.items()}
+    return Tensors(infos, lambda key: tensors.read(real[key]), notes)
+
+
+def _present(key: str) -> str:
+    for old, new in names.FORMER_NAMES.items():
+        key = key.replace(old, new)
+    return key
+
+
+# -------------------------------------------------------------------------------------------- hub
+
+
+def download(name: str) -> str:
+    """The local folder of a hub repository's config and weights, downloaded if need be."""
+    try:
+        from huggingface_hub import constants, snapshot_download
+        from huggingface_hub.errors import RepositoryNotFoundError
+    except ImportError as e:
+        raise UserError(
+            f"{name} is no path here, and reading it from the Hugging Face hub needs "
+            "huggingface_hub: pip install huggingface_hub, or download it elsewhere and give the "
+            "path of the folder"
+        ) from e
+    try:
+        return snapshot_download(
+            name, allow_patterns=["*.json", "*.safetensors"], ignore_patterns=["*/*"]
+        )
+    except RepositoryNotFoundError as e:
+        why, cause = "has no such repository, or it is private or gated", e
+    except Exception as e:  # whatever the layers below make of a missing network
+        first = (str(e).strip().splitlines() or [""])[0]
+        why, cause = f"cannot be reached ({type(e).__name__}: {first[:200]})", e
+    raise UserError(
+        f"{name} is no path here, and {constants.ENDPOINT} {why}. Check the name; accept the terms "
+        "of a gated repository and log in (hf auth login); without a network download it elsewhere "
+        "and give the path of the folder"
+    ) from cause
+
+
+# ------------------------------------------------------------------------------------- what it is
+
+
+def _describe(
+    config: epath.Path | None, tensors: Tensors, release: str | None, source: str
+) -> Described:
+    """Network, factor and release; UserError if they are open, or contradict each other."""
+    layout = names.layout_of(tensors.infos)
+    if layout is None:
+        first = ", ".join(list(tensors.infos)[:3]) or "none"
+        raise UserError(
+            f"{source} holds no autoencoder that is known: its tensors are called {first}, ...; "
+            "expected names as encoder.stages.1... (official) or encoder.down_blocks.1... "
+            "(diffusers)"
+        )
+    if config is None:
+        return _detect(tensors, layout, release, source)
+    try:
+        described = layouts.read(json.loads(config.read_text()), str(config))
+    except ValueError as e:
+        raise UserError(f"{config} is not readable JSON ({e})") from e
+    described = described._replace(layout=layout)
+    return described if release is None else _agreed(described, release, str(config))
+
+
+def _agreed(described: Described, release: str, where: str) -> Described:
+    """What config.json says, completed by the release that was named; they must agree."""
+    what = releases.RELEASES[release]
+    found = layouts.network_differences(described.cfg, what.config())
+    factor = described.scaling_factor
+    if described.release not in (None, release):
+        found.append(f"model_name: {described.release}, {release}")
+    if None not in (factor, what.scaling_factor) and factor != what.scaling_factor:
+        found.append(f"scaling_factor: {factor}, {what.scaling_factor}")
+    if found:
+        raise UserError(
+            f"{where} is not that of {release} (here, there):\n{_listed(found)}\n"
+            "Leave out --variant to go by the config.json, or name the variant that it is"
+        )
+    return _completed(described, release)
+
+
+def _published(found: Described, release: str, source: str) -> tuple[Described, list[str]]:
+    """With what the hub name tells, unless config.json describes another network."""
+    if wrong := layouts.network_differences(found.cfg, releases.RELEASES[release].config()):
+        return found, [f"{source} does not hold the network of {release}: {wrong[0]}"]
+    return _completed(found, release), []
+
+
+def _hint(found: Described) -> list[str]:
+    """The releases that have this network, where the weights are not known to be those of one."""
+    cfg, every = found.cfg, releases.RELEASES.items()
+    same = [n for n, what in every if not layouts.network_differences(cfg, what.config())]
+    if found.release is not None or not same:
+        return []
+    return [f"the network of {', '.join(same)}: --variant NAME if these are its weights"]
+
+
+def _completed(described: Described, release: str) -> Described:
+    """What config.json says, with what only the name of the release tells."""
+    factor = described.scaling_factor
+    return described._replace(
+        cfg=layouts.with_release(described.cfg, release),
+        scaling_factor=releases.RELEASES[release].scaling_factor if factor is None else factor,
+        release=release,
+    )
+
+
+def _detect(tensors: Tensors, layout: Layout, release: str | None, source: str) -> Described:
+    """The release that the tensors of a bare file fit, alone or as `release` says."""
+    shapes = {key: info.shape for key, info in tensors.infos.items()}
+    if release is not None and not _differences(release, layout, shapes):
+        return _released(release, layout)
+    ranked = {name: _differences(name, layout, shapes) for name in _expressible(layout)}
+    fits = [name for name, found in ranked.items() if not found]
+    if release is None and len(fits) == 1:
+        return _released(fits[0], layout)
+    if release is None and fits:
+        factors = [f"{n} (scaling factor {_factor(n)})" for n in fits]
+        raise UserError(
+            f"{source} fits {len(fits)} releases, which differ in weights and scaling factor only:"
+            f"\n{_listed(factors)}\nSay which it is with --variant NAME, or give "
+            + ("its folder" if _has_config(source) else "a folder with config.json")
+        )
+    nearest = release or min(ranked, key=lambda name: len(ranked[name]))
+    found = ranked[nearest] if nearest in ranked else _differences(nearest, layout, shapes)
+    asked = f"is not {release}" if release else f"fits no release; the nearest is {nearest}"
+    mend = f"It fits {', '.join(fits)}" if fits else "A network of your own needs its config.json"
+    raise UserError(f"{source} {asked}; {len(found)} difference(s):\n{_listed(found)}\n{mend}")
+
+
+def _has_config(source: str) -> bool:
+    return (_absolute(source).parent / "config.json").is_file()
+
+
+def _released(release: str, layout: Layout) -> Described:
+    what = releases.RELEASES[release]
+    return Described(what.config(), what.scaling_factor, release, layout)
+
+
+def _expressible(layout: Layout) -> list[str]:
+    """The releases that exist in a layout."""
+    every = releases.RELEASES.items()
+    return [name for name, what in every if not layouts.problems(what.config(), layout)]
+
+
+def _differences(release: str, layout: Layout, shapes: dict[str, names.Shape]) -> list[str]:
+    cfg = releases.RELEASES[release].config()
+    return layouts.problems(cfg, layout) or names.differences(cfg, layout, shapes)
+
+
+def _factor(release: str) -> str:
+    factor = releases.RELEASES[release].scaling_factor
+    return "unknown" if factor is None else f"{factor:g}"
+
+
+def _listed(lines: list[str], most: int = 20) -> str:
+    more = [f"... and {len(lines) - most} more"] if len(lines) > most else []
+    return "\n".join(f"  - {line}" for line in lines[:most] + more)
+
+
+# ------------------------------------------------------------------------------------- conversion
+
+
+def _convert(found: Described, tensors: Tensors, source: str) -> Imported:
+    cfg, layout = found.cfg, found.layout
+    if problems := cfg.problems():
+        raise UserError(f"the network of {source} cannot be built:\n{_listed(problems)}")
+    shapes = {key: info.shape for key, info in tensors.infos.items()}
+    if wrong := names.differences(cfg, layout, shapes):
+        which = found.release or "its config.json"
+        raise UserError(
+            f"{source} does not hold the network of {which} ({len(wrong)} difference(s)):\n"
+            f"{_listed(wrong)}"
+        )
+    entries = names.table(cfg, layout)
+    dtypes = _dtypes([key for e in entries for key in e.keys], tensors, source)
+    flat = {
+        e.path: jax.device_put(names.from_torch(e, [tensors.read(k) for k in e.keys]))
+        for e in entries
+    }
+    counted = [key for key in names.counters(cfg, layout) if key in tensors.infos]
+    counters = {key: int(tensors.read(key)) for key in counted}
+    return Imported(
+        cfg, tree.unflatten(flat), found.scaling_factor, found.release, dtypes, counters, source,
+        tensors.notes,
+    )  # fmt: skip
+
+
+def _dtypes(keys: list[str], tensors: Tensors, source: str) -> dict[str, str]:
+    """The dtypes that are not float32; UserError for those that float32 cannot hold exactly."""
+    kinds: dict[str, Any] = {key: tensors.infos[key].dtype for key in keys}
+    if wrong := [f"{key}: {dtype}" for key, dtype in kinds.items() if dtype not in DTYPES]:
+        raise UserError(
+            f"{source} has tensors that float32 cannot hold exactly:\n{_listed(wrong)}\n"
+            "Convert them first (in PyTorch: tensor.float()); float32, float16 and bfloat16 are "
+            "kept as they are"
+        )
+    return {key: DTYPES[d] for key, d in kinds.items() if d != np.float32}

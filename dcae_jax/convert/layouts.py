@@ -1,0 +1,355 @@
+"""config.json of the PyTorch layouts, to and from our model configs.
+
+Sources: the fields of diffusers' AutoencoderDC and AutoencoderKL with the defaults that an absent
+field has there; the official repositories' {"model_name": ...}.
+"""
+
+import copy
+from typing import Any, NamedTuple
+
+from dcae_jax import config as config_lib
+from dcae_jax.config import JSONValue
+from dcae_jax.convert import releases
+from dcae_jax.convert.names import AnyConfig, Layout
+from dcae_jax.errors import UserError
+from dcae_jax.models.dcae import SCALES, BlockKind, DCAEConfig, StagesConfig
+from dcae_jax.models.kl_vae import KLVAEConfig, sd_vae_f8
+from dcae_jax.models.layers import Act, Downsample, Norm, Upsample
+
+CUSTOM = "custom"  # model_name of an official-layout folder whose network is ours to describe
+SD_VAE_FACTOR = 0.18215  # what diffusers takes for an AutoencoderKL whose config has no factor
+
+
+class Described(NamedTuple):
+    """What a config.json says."""
+
+    cfg: AnyConfig
+    scaling_factor: float | None
+    release: str | None
+    layout: Layout
+
+
+def read(fields: dict[str, JSONValue], where: str) -> Described:
+    """The network of a config.json; UserError names the field that has no counterpart here."""
+    if "model_name" in fields:
+        return _read_official(fields, where)
+    name = fields["_class_name"] if "_class_name" in fields else None
+    readers = {"AutoencoderDC": _read_dc, "AutoencoderKL": _read_kl}
+    if name not in readers:
+        raise UserError(
+            f"{where} describes {name or 'no known class'}; known are diffusers' AutoencoderDC and "
+            'AutoencoderKL ("_class_name") and the official {"model_name": ...}. For another '
+            "network's folder give the folder of its autoencoder (often vae/)"
+        )
+    cfg, factor = readers[name](_Fields(fields, where))
+    return Described(cfg, factor, None, Layout.diffusers)
+
+
+class _Fields:
+    """The fields of a config.json with the defaults of its class; mistakes name file and field."""
+
+    def __init__(self, fields: dict[str, JSONValue], where: str):
+        self._fields, self.where = fields, where
+
+    def get(self, name: str, default: JSONValue) -> JSONValue:
+        return self._fields[name] if name in self._fields else default
+
+    def choose(self, name: str, value: JSONValue, known: dict[Any, Any]) -> Any:
+        """What stands for a value of a field; UserError if nothing does."""
+        if value not in known:
+            raise self.refuse(name, value, f"known are {', '.join(map(str, known))}")
+        return known[value]
+
+    def expect(self, name: str, default: JSONValue, *allowed: JSONValue) -> None:
+        """UserError unless the field has one of these values."""
+        value = self.get(name, default)
+        if value not in (default, *allowed):
+            raise self.refuse(name, value, f"supported is {default!r}")
+
+    def refuse(self, name: str, value: JSONValue, why: str) -> UserError:
+        return UserError(f"{self.where}: {name} = {value!r} has no counterpart here; {why}")
+
+    def check_names(self, known: set[str]) -> None:
+        """UserError if there are fields whose meaning is not known."""
+        unknown = [k for k in self._fields if not k.startswith("_") and k not in known]
+        if unknown:
+            raise UserError(
+                f"{self.where}: unknown field(s) {', '.join(sorted(unknown))}; this version knows "
+                f"{', '.join(sorted(known))}"
+            )
+
+
+# -------------------------------------------------------------------------------- AutoencoderDC
+
+_NORMS = {"rms_norm": Norm.rms, "batch_norm": Norm.batch}
+_ACTS = {"silu": Act.silu, "swish": Act.silu, "relu": Act.relu}
+_W6 = [128, 256, 512, 512, 1024, 1024]
+_FIVES = [[], [], [], [5], [5], [5]]
+_UPS = {"pixel_shuffle": Upsample.conv_shuffle, "interpolate": Upsample.interpolate_conv}
+_DC_FIELDS = {
+    "in_channels", "latent_channels", "attention_head_dim", "upsample_block_type",
+    "downsample_block_type", "decoder_norm_types", "decoder_act_fns", "encoder_out_shortcut",
+    "decoder_in_shortcut", "decoder_conv_act_fn", "scaling_factor",
+    *(f"{side}_{name}" for side in ("encoder", "decoder") for name in (
+        "block_types", "block_out_channels", "layers_per_block", "qkv_multiscales")),
+}  # fmt: skip
+
+
+def _per_stage(value: JSONValue, n: int) -> list[JSONValue]:
+    return [value] * n if isinstance(value, str) else list(value)
+
+
+def _read_dc(fields: _Fields) -> tuple[DCAEConfig, float | None]:
+    fields.check_names(_DC_FIELDS)
+    shortcuts = fields.get("encoder_out_shortcut", True)
+    if fields.get("decoder_in_shortcut", True) != shortcuts:
+        raise fields.refuse("decoder_in_shortcut", not shortcuts, "it must equal that of the out")
+    up = fields.get("upsample_block_type", "pixel_shuffle")
+    down = fields.get("downsample_block_type", "pixel_unshuffle")
+    act = fields.get("decoder_conv_act_fn", "relu")
+    cfg = DCAEConfig(
+        in_channels=fields.get("in_channels", 3),
+        latent_channels=fields.get("latent_channels", 32),
+        encoder=_read_side(fields, "encoder", [2, 2, 2, 3, 3, 3], "rms_norm", "silu"),
+        decoder=_read_side(
+            fields, "decoder", [3] * 6, fields.get("decoder_norm_types", "rms_norm"),
+            fields.get("decoder_act_fns", "silu"),
+        ),
+        # diffusers strides for every value but this one, and shuffles for every one but that.
+        downsample=Downsample.conv_unshuffle if down == "pixel_unshuffle" else Downsample.conv,
+        upsample=_UPS["interpolate" if up == "interpolate" else "pixel_shuffle"],
+        out_act=fields.choose("decoder_conv_act_fn", act, _ACTS),
+        latent_shortcuts=shortcuts,
+        head_dim=fields.get("attention_head_dim", 32),
+    )  # fmt: skip
+    return cfg, fields.get("scaling_factor", None)
+
+
+def _read_side(
+    fields: _Fields, side: str, depths: list[int], norms: JSONValue, acts: JSONValue
+) -> StagesConfig:
+    widths = fields.get(f"{side}_block_out_channels", _W6)
+    n = len(widths)
+    types = _per_stage(fields.get(f"{side}_block_types", "ResBlock"), n)
+    scales = fields.get(f"{side}_qkv_multiscales", _FIVES)
+    rows = {"block_types": types, "qkv_multiscales": scales}
+    for name, row in rows.items():
+        if len(row) != n:
+            raise fields.refuse(f"{side}_{name}", row, f"{side}_block_out_channels has {n} stages")
+    kinds = {tuple(v): k for k, v in SCALES.items()}
+    blocks = tuple(
+        BlockKind.res if kind == "ResBlock"
+        else fields.choose(f"{side}_qkv_multiscales", tuple(s), kinds)
+        for kind, s in zip(types, scales, strict=True)
+        if fields.choose(f"{side}_block_types", kind, {"ResBlock": 1, "EfficientViTBlock": 1})
+    )  # fmt: skip
+    return StagesConfig(
+        widths=tuple(widths),
+        depths=tuple(fields.get(f"{side}_layers_per_block", depths)),
+        blocks=blocks,
+        norms=tuple(fields.choose(f"{side}_norm_types", v, _NORMS) for v in _per_stage(norms, n)),
+        acts=tuple(fields.choose(f"{side}_act_fns", v, _ACTS) for v in _per_stage(acts, n)),
+    )
+
+
+def _dc_problems(cfg: DCAEConfig) -> list[str]:
+    """What AutoencoderDC cannot express."""
+    found = []
+    if not cfg.residual:
+        found.append("residual = False: its blocks always have shortcuts")
+    for stage in cfg.stages(cfg.encoder):
+        if stage.norm is not Norm.rms:
+            found.append(f"encoder.norms[{stage.index}] = {stage.norm.value}: it knows rms there")
+        if stage.act is not Act.silu and stage.block is BlockKind.res:
+            found.append(f"encoder.acts[{stage.index}] = {stage.act.value}: it knows silu there")
+    return found
+
+
+def _name(known: dict[str, Any], value: Any) -> str:
+    return next(name for name, member in known.items() if member is value)
+
+
+def _dc_fields(cfg: DCAEConfig) -> dict[str, JSONValue]:
+    found: dict[str, JSONValue] = {
+        "in_channels": cfg.in_channels,
+        "latent_channels": cfg.latent_channels,
+        "attention_head_dim": cfg.head_dim,
+        "downsample_block_type": (
+            "pixel_unshuffle" if Downsample(cfg.downsample) is Downsample.conv_unshuffle else "conv"
+        ),
+        "upsample_block_type": _name(_UPS, Upsample(cfg.upsample)),
+        "decoder_norm_types": [_name(_NORMS, Norm(n)) for n in cfg.decoder.norms],
+        "decoder_act_fns": [_name(_ACTS, Act(a)) for a in cfg.decoder.acts],
+        "encoder_out_shortcut": cfg.latent_shortcuts,
+        "decoder_in_shortcut": cfg.latent_shortcuts,
+        "decoder_conv_act_fn": _name(_ACTS, Act(cfg.out_act)),
+    }
+    for name, side in (("encoder", cfg.encoder), ("decoder", cfg.decoder)):
+        kinds = [BlockKind(b) for b in side.blocks]
+        found |= {
+            f"{name}_block_types": [
+                "ResBlock" if k is BlockKind.res else "EfficientViTBlock" for k in kinds
+            ],
+            f"{name}_block_out_channels": list(side.widths),
+            f"{name}_layers_per_block": list(side.depths),
+            f"{name}_qkv_multiscales": [list(SCALES[k]) if k in SCALES else [] for k in kinds],
+        }
+    return found
+
+
+# -------------------------------------------------------------------------------- AutoencoderKL
+
+_KL_FIELDS = {
+    "in_channels", "out_channels", "down_block_types", "up_block_types", "block_out_channels",
+    "layers_per_block", "act_fn", "latent_channels", "norm_num_groups", "sample_size",
+    "scaling_factor", "shift_factor", "latents_mean", "latents_std", "force_upcast",
+    "use_quant_conv", "use_post_quant_conv", "mid_block_add_attention",
+}  # fmt: skip
+_DOWN, _UP = "DownEncoderBlock2D", "UpDecoderBlock2D"
+
+
+def _read_kl(fields: _Fields) -> tuple[KLVAEConfig, float | None]:
+    fields.check_names(_KL_FIELDS)
+    widths = fields.get("block_out_channels", [64])
+    fields.expect("down_block_types", [_DOWN] * len(widths))
+    fields.expect("up_block_types", [_UP] * len(widths))
+    fields.expect("act_fn", "silu", "swish")
+    fields.expect("out_channels", fields.get("in_channels", 3))
+    # Latents here are scaled by one number; a shift would be lost without a word.
+    fields.expect("shift_factor", None, 0, 0.0)
+    fields.expect("latents_mean", None)
+    fields.expect("latents_std", None)
+    cfg = KLVAEConfig(
+        in_channels=fields.get("in_channels", 3),
+        latent_channels=fields.get("latent_channels", 4),
+        widths=tuple(widths),
+        layers_per_block=fields.get("layers_per_block", 1),
+        norm_groups=fields.get("norm_num_groups", 32),
+        mid_attention=fields.get("mid_block_add_attention", True),
+        quant_conv=fields.get("use_quant_conv", True),
+        post_quant_conv=fields.get("use_post_quant_conv", True),
+    )
+    known = SD_VAE_FACTOR if not network_differences(cfg, sd_vae_f8()) else None
+    return cfg, fields.get("scaling_factor", known)
+
+
+def _kl_fields(cfg: KLVAEConfig) -> dict[str, JSONValue]:
+    n = len(cfg.widths)
+    return {
+        "in_channels": cfg.in_channels,
+        "out_channels": cfg.in_channels,
+        "down_block_types": [_DOWN] * n,
+        "up_block_types": [_UP] * n,
+        "block_out_channels": list(cfg.widths),
+        "layers_per_block": cfg.layers_per_block,
+        "act_fn": "silu",
+        "latent_channels": cfg.latent_channels,
+        "norm_num_groups": cfg.norm_groups,
+        "sample_size": 32 * cfg.factor,
+        "use_quant_conv": cfg.quant_conv,
+        "use_post_quant_conv": cfg.post_quant_conv,
+        "mid_block_add_attention": cfg.mid_attention,
+    }
+
+
+# ------------------------------------------------------------------------------------- official
+
+
+def _read_official(fields: dict[str, JSONValue], where: str) -> Described:
+    name = fields["model_name"]
+    factor = fields["scaling_factor"] if "scaling_factor" in fields else None
+    if name == CUSTOM:
+        if "dcae_jax" not in fields:
+            raise UserError(f"{where}: a custom model needs its config under the key dcae_jax")
+        cfg = config_lib.from_json(fields["dcae_jax"])
+        if not isinstance(cfg, DCAEConfig):
+            raise UserError(f"{where}: dcae_jax is the config of a {type(cfg).__name__}, no DC-AE")
+        return Described(cfg, factor, None, Layout.official)
+    release = releases.named(name)
+    if release is None:
+        raise UserError(
+            f"{where}: no release is called {name!r}; there are {', '.join(releases.RELEASES)}. "
+            "For other weights of one of these networks change model_name to it"
+        )
+    found = releases.RELEASES[release]
+    return Described(
+        found.config(), found.scaling_factor if factor is None else factor, release, Layout.official
+    )
+
+
+# -------------------------------------------------------------------------------------- writing
+
+
+def problems(cfg: AnyConfig, layout: Layout) -> list[str]:
+    """Why a network cannot be written in a layout."""
+    if isinstance(cfg, KLVAEConfig):
+        return [] if layout is Layout.diffusers else ["AutoencoderKL has no official layout"]
+    return _dc_problems(cfg) if layout is Layout.diffusers else []
+
+
+def write(
+    cfg: AnyConfig, layout: Layout, scaling_factor: float, release: str | None
+) -> dict[str, JSONValue]:
+    """The config.json of a network; `release`: in the official layout, whose weights they are."""
+    if found := problems(cfg, layout):
+        lines = "\n".join(f"  - {p}" for p in found)
+        hint = "" if isinstance(cfg, KLVAEConfig) else "; --to official keeps our own config"
+        raise UserError(f"the {layout.value} layout cannot express this network{hint}:\n{lines}")
+    if layout is Layout.official:
+        return _official_fields(cfg, scaling_factor, release)
+    kl = isinstance(cfg, KLVAEConfig)
+    fields = _kl_fields(cfg) if kl else _dc_fields(cfg)
+    name = "AutoencoderKL" if kl else "AutoencoderDC"
+    return {"_class_name": name, **fields, "scaling_factor": scaling_factor}
+
+
+def _official_fields(
+    cfg: AnyConfig, scaling_factor: float, release: str | None
+) -> dict[str, JSONValue]:
+    if release is None:
+        own = {"dcae_jax": config_lib.to_json(cfg), "scaling_factor": scaling_factor}
+        return {"model_name": CUSTOM, **own}
+    same = releases.RELEASES[release].scaling_factor == scaling_factor
+    return {"model_name": release, **({} if same else {"scaling_factor": scaling_factor})}
+
+
+# ------------------------------------------------------------------------------------- comparing
+
+
+def network_differences(a: AnyConfig, b: AnyConfig) -> list[str]:
+    """How two networks differ in what their numbers depend on, as `field: a, b`."""
+    if type(a) is not type(b):
+        return [f"class: {type(a).__name__}, {type(b).__name__}"]
+    pairs = config_lib.diff(_network(a), _network(b))
+    return [f"{name}: {x}, {y}" for name, (x, y) in pairs.items()]
+
+
+# What leaves the function of a network alone: precision, memory, and how it trains.
+_NOT_FUNCTION = (
+    "dtype", "conv_dtype", "remat", "depthwise", "adaptive_channels", "last_norm_scale_init",
+    "batch_norm", "batch_norm_stages",
+)  # fmt: skip
+
+
+def _network(cfg: AnyConfig) -> JSONValue:
+    found = config_lib.to_json(cfg)
+    if isinstance(cfg, DCAEConfig):
+        found |= {"encoder": _sides(cfg, cfg.encoder), "decoder": _sides(cfg, cfg.decoder)}
+    return {k: v for k, v in found.items() if k not in _NOT_FUNCTION}
+
+
+def _sides(cfg: DCAEConfig, side: StagesConfig) -> JSONValue:
+    """One text a stage; an empty stage counts for its being empty only."""
+    return {
+        f"stage_{s.index}": f"{s.depth} x {s.block.value} of {s.width}, {s.norm.value}"
+        + (f", {s.act.value}" if s.block is BlockKind.res else "")
+        for s in cfg.stages(side)
+    }
+
+
+def with_release(cfg: AnyConfig, release: str) -> AnyConfig:
+    """The config with what only the release tells: whether prefixes of the latent are trained."""
+    cfg = copy.deepcopy(cfg)
+    if isinstance(cfg, DCAEConfig):
+        cfg.adaptive_channels = releases.RELEASES[release].config().adaptive_channels
+    return cfg

@@ -1,0 +1,92 @@
+"""Runs an exported folder in PyTorch and compares it with what JAX computed."""
+
+import importlib.util
+from typing import Any, NamedTuple
+
+import numpy as np
+from etils import epath
+
+from dcae_jax.convert import layouts, names, to_torch
+from dcae_jax.convert.names import AnyConfig, Layout
+from dcae_jax.convert.to_torch import TOLERANCE
+from dcae_jax.errors import UserError
+from dcae_jax.models.kl_vae import KLVAEConfig
+from dcae_jax.nets.torch_file import open_tensors
+
+INSTALL = "pip install torch diffusers (CPU builds do)"
+
+
+class Errors(NamedTuple):
+    """Largest differences, relative to the largest value."""
+
+    latent: float
+    reconstruction: float
+
+
+def missing() -> str:
+    """What is not installed; "" if all is there."""
+    packages = ("torch", "diffusers")
+    absent = [p for p in packages if importlib.util.find_spec(p) is None]
+    return " and ".join(absent) + (" is" if len(absent) == 1 else " are" if absent else "")
+
+
+def problem(cfg: AnyConfig, out: epath.Path) -> str:
+    """Why an export of this network to `out` cannot be verified here; "" if it can."""
+    if absent := missing():
+        return f"{absent} not installed: {INSTALL}"
+    if "://" in str(out):
+        return f"{out} is not a local folder, which PyTorch reads alone"
+    found = layouts.problems(cfg, Layout.diffusers)
+    return f"diffusers has no such network ({found[0]})" if found else ""
+
+
+def verify(folder: epath.Path, cfg: AnyConfig, layout: Layout) -> Errors:
+    """Loads the folder with diffusers and runs it on a CPU in float32."""
+    import diffusers
+    import torch
+
+    name = "AutoencoderKL" if isinstance(cfg, KLVAEConfig) else "AutoencoderDC"
+    cls = getattr(diffusers, name)
+    if layout is Layout.diffusers:
+        ae = cls.from_pretrained(str(folder), torch_dtype=torch.float32, low_cpu_mem_usage=False)
+    else:
+        ae = cls.from_config(layouts.write(cfg, Layout.diffusers, 1.0, None))
+        ae.load_state_dict(_translated(folder, cfg, torch))
+    ae.eval()
+    with np.load(str(folder / to_torch.PARITY)) as stored:
+        ours = {k: torch.tensor(v).permute(0, 3, 1, 2) for k, v in stored.items()}
+    with torch.no_grad():
+        encoded = ae.encode(ours["input"])
+        latent = encoded.latent_dist.mode() if name == "AutoencoderKL" else encoded.latent
+        output = ae.decode(ours["latent"]).sample
+    return Errors(_relative(latent, ours["latent"]), _relative(output, ours["reconstruction"]))
+
+
+def check(folder: epath.Path, errors: Errors) -> None:
+    """UserError if PyTorch and JAX disagree."""
+    if not all(error <= TOLERANCE for error in errors):  # NaN is none
+        raise UserError(
+            f"{folder} was written, but PyTorch's results differ from JAX's by more than "
+            f"{TOLERANCE:g}: latent {errors.latent:.2e}, reconstruction "
+            f"{errors.reconstruction:.2e}; do not use it"
+        )
+
+
+def _relative(a: Any, b: Any) -> float:
+    return float((a - b).abs().max() / b.abs().max())
+
+
+def _translated(folder: epath.Path, cfg: AnyConfig, torch: Any) -> dict[str, Any]:
+    """The state dict of an official-layout folder under diffusers' names."""
+    found = {}
+    pairs = zip(names.table(cfg, Layout.official), names.table(cfg, Layout.diffusers), strict=True)
+    with open_tensors(folder / to_torch.WEIGHTS[Layout.official]) as file:
+        for theirs, ours in pairs:
+            leaf = names.from_torch(theirs, [file.read(key) for key in theirs.keys])
+            tensors = names.to_torch(ours, leaf)
+            found |= {
+                key: torch.tensor(np.ascontiguousarray(t))
+                for key, t in zip(ours.keys, tensors, strict=True)
+            }
+    counts = {key: torch.tensor(0) for key in names.counters(cfg, Layout.diffusers)}
+    return found | counts

@@ -1,0 +1,107 @@
+"""Files of latents: read by safetensors itself, streamed, refused when they are something else."""
+
+import json
+
+import numpy as np
+import pytest
+import safetensors
+import safetensors.numpy
+from etils import epath
+
+from dcae_jax import latent_file
+from dcae_jax.errors import UserError
+from dcae_jax.latent_file import Description
+
+SIZES = {"a": (30, 41), "deep/ü b": (4, 4), "c": (64, 8)}
+
+
+def about() -> Description:
+    return Description(
+        source="ema of step 5", encoder="abc", factor=4, channels=3, scaling_factor=0.25,
+        padding="edge", dtype="float32", tile=0, overlap=0,
+    )  # fmt: skip
+
+
+def latents() -> dict[str, np.ndarray]:
+    gen = np.random.default_rng(0)
+    return {
+        name: gen.normal(size=(-(-h // 4), -(-w // 4), 3)).astype(np.float32)
+        for name, (h, w) in SIZES.items()
+    }
+
+
+@pytest.fixture
+def path(tmp_path):
+    path = epath.Path(tmp_path / "deep" / "latents.safetensors")
+    with latent_file.writer(about()) as writer:
+        for name, latent in latents().items():
+            writer.add(name, latent, SIZES[name])
+        assert len(writer) == 3
+        writer.finish(path)
+    return path
+
+
+def test_safetensors_reads_what_is_written(path) -> None:
+    found = safetensors.numpy.load_file(path)
+    assert found.keys() == SIZES.keys()
+    for name, latent in latents().items():
+        np.testing.assert_array_equal(found[name], latent)
+    with safetensors.safe_open(path, framework="np") as file:
+        said = json.loads(file.metadata()["latents"])
+    assert said["encoder"] == "abc" and said["scaling_factor"] == 0.25
+    assert said["sizes"]["a"] == [30, 41]
+
+
+def test_it_reads_itself_and_what_safetensors_wrote(path, tmp_path) -> None:
+    other = epath.Path(tmp_path / "other.safetensors")
+    with safetensors.safe_open(path, framework="np") as file:
+        safetensors.numpy.save_file(latents(), other, metadata=file.metadata())
+    for each in (path, other):
+        with latent_file.reader(each) as reader:
+            found = {name: (latent, size) for name, latent, size in reader}
+            assert reader.description.scaling_factor == 0.25
+        assert {name: size for name, (_, size) in found.items()} == SIZES
+        for name, latent in latents().items():
+            np.testing.assert_array_equal(found[name][0], latent)
+
+
+def rewrite(path, change) -> None:
+    """Writes the file anew with other metadata or tensors."""
+    with safetensors.safe_open(path, framework="np") as file:
+        metadata = file.metadata()
+    said, tensors = json.loads(metadata["latents"]), latents()
+    metadata = change(said, tensors) or {**metadata, "latents": json.dumps(said)}
+    safetensors.numpy.save_file(tensors, path, metadata=metadata)
+
+
+def test_other_files_are_refused(path, tmp_path) -> None:
+    whole = path.read_bytes()
+
+    def refused(match: str, change) -> None:
+        path.write_bytes(whole)
+        rewrite(path, change)
+        with pytest.raises(UserError, match=match), latent_file.reader(path):
+            pass
+
+    refused("holds no latent of 'c'", lambda said, tensors: tensors.pop("c") is None)
+    refused("the latent of 'a' is", lambda said, tensors: tensors.update(a=np.zeros((9, 11, 3))))
+    refused("the latent of 'a' is", lambda said, tensors: said.update(channels=4))
+    refused("the latent of 'a' is", lambda said, tensors: said["sizes"].update(a=[300, 41]))
+
+    def outside(said, tensors):
+        tensors["../../x"], said["sizes"]["../../x"] = tensors.pop("a"), said["sizes"].pop("a")
+
+    refused("outside of --out", outside)
+    with (
+        pytest.raises(UserError, match="no file"),
+        latent_file.reader(epath.Path("none.safetensors")),
+    ):
+        pass
+
+
+def test_a_cut_file_is_refused(path) -> None:
+    data = path.read_bytes()
+    for length in (0, 5, 100, len(data) // 2, len(data) - 1):
+        path.write_bytes(data[:length])
+        with pytest.raises(UserError, match="cannot be read"), latent_file.reader(path):
+            pass
