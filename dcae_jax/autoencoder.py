@@ -4,6 +4,7 @@ A source is the workdir of a run (or of an import), one step directory of it, a 
 PyTorch layout, or a name on the Hugging Face hub.
 """
 
+import copy
 import dataclasses
 import functools
 import hashlib
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field
 import jax
 import jax.numpy as jnp
 from etils import epath
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from dcae_jax import checkpoint
@@ -22,6 +24,7 @@ from dcae_jax.convert import from_torch
 from dcae_jax.errors import UserError
 from dcae_jax.models.dcae import DCAEConfig
 from dcae_jax.models.kl_vae import KLVAEConfig
+from dcae_jax.models.layers import Dtype
 from dcae_jax.tasks.autoencode import AutoencodeConfig
 from dcae_jax.tree import Tree
 
@@ -55,9 +58,28 @@ class Autoencoder:
     origin: Origin | None  # of weights that are still those of an import
     encoder: str  # digest of the encoder's weights: latents of equal encoders are equal
 
+    @functools.cached_property
+    def decoder(self) -> str:
+        """Digest of the decoder's weights, which latents do not depend on."""
+        return decoder_digest(self.variables)
+
+    def placed(self, mesh: Mesh, dtype: Dtype | None = None) -> "Autoencoder":
+        """The same, its weights whole on every device of the mesh, computing in `dtype`."""
+        model = copy.deepcopy(self.cfg)
+        if dtype is not None:
+            model.dtype, model.conv_dtype = dtype, None
+        variables = jax.device_put(self.variables, NamedSharding(mesh, PartitionSpec()))
+        return dataclasses.replace(self, cfg=model, variables=variables)
+
     def encode(self, images: Float[Array, "b H W c"]) -> Float[Array, "b h w f"]:
         """The f32 latents of images in [-1, 1]; sides must be multiples of the factor."""
         return _compiled(self.cfg, "encode")(self.variables, images)
+
+    def moments(
+        self, images: Float[Array, "b H W c"]
+    ) -> tuple[Float[Array, "b h w f"], Float[Array, "b h w f"] | None]:
+        """The f32 mean and log variance of the latents; None where there is no variance."""
+        return _compiled(self.cfg, "moments")(self.variables, images)
 
     def decode(self, latents: Float[Array, "b h w f"]) -> Float[Array, "b H W c"]:
         """The f32 reconstructions, near [-1, 1] but not clamped."""
@@ -113,8 +135,11 @@ def _from_run(source: str, weights: InitWeights) -> Autoencoder:
 
 
 def abstract(cfg: DCAEConfig | KLVAEConfig) -> dict[str, Tree]:
-    """Shapes of the items `params` and `stats` of an autoencoder's checkpoint, on one device."""
-    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    """Shapes of the items `params` and `stats` of an autoencoder's checkpoint, on one device.
+
+    It is one of this process: each process has the weights for itself.
+    """
+    place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     shapes = jax.eval_shape(
         lambda: cfg.build().init(
             jax.random.key(0), jnp.zeros((1, cfg.factor, cfg.factor, cfg.in_channels))
@@ -127,7 +152,16 @@ def abstract(cfg: DCAEConfig | KLVAEConfig) -> dict[str, Tree]:
 
 def encoder_digest(variables: Tree) -> str:
     """A digest of the encoder's weights and statistics, the same on every mesh."""
-    part = {name: tree["encoder"] for name, tree in variables.items() if "encoder" in tree}
+    return _digest(variables, "encoder")
+
+
+def decoder_digest(variables: Tree) -> str:
+    """The same of the decoder."""
+    return _digest(variables, "decoder")
+
+
+def _digest(variables: Tree, half: str) -> str:
+    part = {name: tree[half] for name, tree in variables.items() if half in tree}
     rows = checkpoint.leaf_table(part)
     return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
 

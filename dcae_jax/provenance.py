@@ -31,7 +31,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "nump
 # On resume these may change freely: they do not touch the numbers of the run.
 CADENCE = (
     r"report\..*|checkpoint\..*|evals(\[.*|$)|name|compile_cache|nonfinite.*|mesh\..*|microbatches"
-    r"|data\.(threads|workers|prefetch|cache_mb|max_bad_fraction)|task\.model\.remat.*"
+    r"|data\.(threads|workers|prefetch|cache_mb|max_bad_fraction|path)|task\.model\.remat.*"
     r"|deterministic|init_from|init_weights"
 )
 # These make it another run: model shape, phase, data identity and order.

@@ -160,7 +160,7 @@ def _start(
     With `record` False (evaluation) nothing is written into the training's record, and the config
     may be another one as long as the weights fit.
     """
-    data = pipeline.fingerprint(cfg.data)
+    data = cfg.data.fingerprint()
     if record:
         provenance.check(workdir, cfg, data, force, say)
     task = cfg.task.build(cfg)
@@ -186,8 +186,8 @@ def _start(
             carried=meta["clock"] if meta and record else {},
         ),
         evaluators={e.name: e.build(cfg, task, mesh) for e in cfg.evals},
-        batches=pipeline.batches(
-            cfg.data, batch=cfg.batch, seed=cfg.seed, start_step=first,
+        batches=cfg.data.batches(
+            batch=cfg.batch, seed=cfg.seed, start_step=first,
             shard=pipeline.Shard(*sharding.row_shard(mesh)),
         ),
         data=data,
@@ -362,11 +362,10 @@ class _Programs:
 
 
 def abstract_batch(cfg: RunConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes, dtypes and shardings of a global batch, without opening the data."""
-    side = cfg.data.resolution
+    """Shapes, dtypes and shardings of a global batch, without reading any record."""
     shapes = {
-        "image": jax.ShapeDtypeStruct((cfg.batch, side, side, 3), np.uint8),
-        "label": jax.ShapeDtypeStruct((cfg.batch,), np.int32),
+        k: jax.ShapeDtypeStruct(shape, dtype)
+        for k, (shape, dtype) in cfg.data.abstract_batch(cfg.batch).items()
     }
     placed = sharding.batch_shardings(shapes, mesh)
     return {

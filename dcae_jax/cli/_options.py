@@ -26,8 +26,8 @@ def parser(name: str, doc: str) -> argparse.ArgumentParser:
     )
 
 
-def add_source(to: argparse.ArgumentParser) -> None:
-    """Which weights."""
+def add_source(to: argparse.ArgumentParser, activations: str = "--dtype") -> None:
+    """Which weights, and by the option `activations` the type to compute in."""
     to.add_argument("--from", dest="source", required=True, metavar="DIR_OR_HUB_NAME", help=FROM)
     to.add_argument(
         "--variant", metavar="NAME", help="the release, where a bare file leaves it open"
@@ -37,7 +37,7 @@ def add_source(to: argparse.ArgumentParser) -> None:
         help="which weights of a run: the average (default) or the raw ones",
     )  # fmt: skip
     to.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), default="float32",
+        activations, choices=("float32", "bfloat16"), default="float32",
         help="of activations; float32 (default) gives the same numbers on every device, bfloat16 "
         "is faster on accelerators and needs half the memory",
     )  # fmt: skip

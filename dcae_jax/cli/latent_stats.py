@@ -127,7 +127,6 @@ def _about(
     args: Any, net: "Autoencoder", data: "DataConfig", count: int, meta: dict[str, Any] | None
 ) -> dict[str, Any]:
     """What was measured: enough to see whether another measurement is the same."""
-    from dcae_jax.data import pipeline
     from dcae_jax.errors import UserError
 
     factor = net.cfg.factor
@@ -138,7 +137,7 @@ def _about(
         )
     return {
         "n": count, "resolution": data.resolution, "split": data.split,
-        "data": pipeline.fingerprint(data), "weights": args.params, "dtype": args.dtype,
+        "data": data.fingerprint(), "weights": args.params, "dtype": args.dtype,
         "step": meta["step"] if meta else None, "encoder": net.encoder,
     }  # fmt: skip
 
@@ -166,7 +165,7 @@ def _encoder(net: "Autoencoder", dtype: str, mesh: "Mesh") -> "Encode":
     from dcae_jax.models.layers import Dtype
     from dcae_jax.tasks.autoencode import to_float
 
-    placed = codec.place(net, Dtype(dtype), mesh)
+    placed = net.placed(mesh, Dtype(dtype))
 
     def encode(images: Any) -> Any:
         with codec.precision(Dtype(dtype)):

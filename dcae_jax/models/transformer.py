@@ -99,6 +99,11 @@ class BackboneConfig:
     remat: Remat = Remat.none
 
     @property
+    def out_factor(self) -> int:
+        """Output channels for each input channel: 2 with a learned variance."""
+        return 1
+
+    @property
     def head_dim(self) -> int:
         """Channels of one attention head."""
         return self.width // self.heads

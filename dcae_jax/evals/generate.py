@@ -1,0 +1,148 @@
+"""Samples during training: a grid of fixed classes and noise, so that a run's grids compare."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from dcae_jax import autoencoder
+from dcae_jax.autoencoder import Autoencoder
+from dcae_jax.config import InitWeights, RunConfig
+from dcae_jax.data import latents
+from dcae_jax.diffusion.guidance import GuidanceConfig
+from dcae_jax.diffusion.samplers import (
+    AncestralConfig,
+    DDIMConfig,
+    Dopri5Config,
+    DPM2MConfig,
+    DPMFastConfig,
+    EulerConfig,
+    HeunConfig,
+)
+from dcae_jax.errors import UserError
+from dcae_jax.evals import metrics
+from dcae_jax.evals.base import Report, variables_of
+from dcae_jax.generator import Generator
+from dcae_jax.report import images as pictures
+from dcae_jax.step import TrainState
+from dcae_jax.tasks.base import Task
+from dcae_jax.tasks.diffuse import DiffuseTask
+from dcae_jax.tree import Tree
+
+
+@dataclass(slots=True)
+class GenerateConfig:
+    """A grid of samples: one row for each class, the same noise every time."""
+
+    name: str = "samples"
+    sampler: (
+        DPMFastConfig | AncestralConfig | DDIMConfig | EulerConfig | HeunConfig | DPM2MConfig
+        | Dopri5Config
+    ) = field(default_factory=DPMFastConfig)  # fmt: skip
+    guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
+    labels: tuple[int, ...] = ()  # (): up to 8 classes, spread over all
+    per_label: int = 4
+    batch: int = 8  # samples at once, over all devices
+    every: int = 0  # steps; 0: never in between
+    at_start: bool = False
+    at_end: bool = True
+    weights: InitWeights = InitWeights.ema
+    autoencoder: str = ""  # decodes; "": the one that the cache was made with
+
+    def resolve(self, run: RunConfig) -> None:
+        """Fills in the classes."""
+        if not self.labels:
+            classes = run.task.model.num_classes
+            rows = min(8, classes)
+            self.labels = tuple(i * classes // rows for i in range(rows))
+
+    def problems(self) -> list[str]:
+        """All problems of these values, each with its mend."""
+        found = []
+        for name, least in (("per_label", 1), ("batch", 1), ("every", 0)):
+            value = getattr(self, name)
+            if value < least:
+                found.append(f"evals: {name} = {value} of {self.name}; at least {least}")
+        return found
+
+    def metrics(self) -> tuple[str, ...]:
+        """The names of its scores."""
+        return ("latent_rms", "evaluations", "n")
+
+    def due(self, step: int, last: int) -> bool:
+        """Whether it runs after `step` of `last` steps."""
+        if step == last:
+            return self.at_end
+        return self.at_start if step == 0 else self.every > 0 and step % self.every == 0
+
+    def build(self, run: RunConfig, task: Task, mesh: Mesh) -> "Generate":
+        """The evaluator; it loads the autoencoder."""
+        return Generate(self, run, task, mesh)
+
+
+class Generate:
+    """See GenerateConfig."""
+
+    def __init__(self, cfg: GenerateConfig, run: RunConfig, task: DiffuseTask, mesh: Mesh):
+        self.cfg, self._run, self._mesh = cfg, run, mesh
+        check_classes(cfg.labels, task.cfg.model.num_classes)
+        if found := cfg.sampler.process_problems(task.cfg.process):
+            raise UserError(f"evals: {cfg.name}:\n" + "\n".join(f"  - {p}" for p in found))
+        manifest = latents.read_manifest(run.data.path)
+        self._net = decoder(cfg.autoencoder or manifest.autoencoder, manifest, mesh)
+        self._names = manifest.classes
+        self._generator = Generator(task, cfg.sampler, cfg.guidance, mesh, seed=run.seed)
+        rows = mesh.shape["data"] * mesh.shape["fsdp"]
+        self._batch = -(-cfg.batch // rows) * rows
+
+    def baselines(self) -> dict[str, dict[str, float]]:
+        """There are none."""
+        return {}
+
+    def run(self, state: TrainState, constants: Tree, poll: Callable[[], None]) -> Report:
+        """The grid, and the RMS of the latents that were drawn."""
+        variables = variables_of(state, constants, self.cfg.weights, self._run.ema)
+        labels = np.repeat(np.array(self.cfg.labels, np.int32), self.cfg.per_label)
+        n, images, squares, evaluations = len(labels), [], [], []
+        for start in range(0, n, self._batch):
+            index = np.arange(start, start + self._batch, dtype=np.int32)
+            drawn = self._generator.draw(variables, labels[index % n], index)
+            real = index < n
+            squares += list(np.square(np.asarray(drawn.latents)).mean((1, 2, 3))[real])
+            evaluations += list(np.asarray(drawn.evaluations)[real])
+            images += list(decode(self._net, drawn.latents)[real])
+            poll()
+        scores = {
+            "latent_rms": float(np.sqrt(np.mean(squares))),
+            "evaluations": float(np.mean(evaluations)),
+            "n": float(n),
+        }
+        return Report(scores, {self.cfg.name: self._grid(images, int(jax.device_get(state.step)))})
+
+    def _grid(self, images: list[np.ndarray], step: int) -> np.ndarray:
+        per = self.cfg.per_label
+        rows = [images[i : i + per] for i in range(0, len(images), per)]
+        names = [self._names[k] if self._names else f"class {k}" for k in self.cfg.labels]
+        scale = self.cfg.guidance.scale
+        caption = f"{self.cfg.name}, step {step}" + (f", guidance {scale:g}" if scale != 1 else "")
+        return pictures.grid(rows, labels=names, caption=caption)
+
+
+def check_classes(labels: tuple[int, ...], classes: int) -> None:
+    """UserError if a class does not exist."""
+    if wrong := [k for k in labels if not 0 <= k < classes]:
+        raise UserError(f"class {wrong[0]} does not exist; the network knows 0..{classes - 1}")
+
+
+def decoder(source: str, manifest: latents.Manifest, mesh: Mesh) -> Autoencoder:
+    """The autoencoder of a cache, on every device of the mesh; UserError if it is another one."""
+    net = autoencoder.load(source)
+    latents.check(manifest, net)
+    return net.placed(mesh)
+
+
+def decode(net: Autoencoder, drawn: jax.Array) -> np.ndarray:
+    """uint8 images of latents."""
+    return np.asarray(metrics.to_uint8(net.decode(drawn)))

@@ -1,0 +1,115 @@
+"""The loss on held-out latents, whole and by time: fixed times, noise and classes."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float
+
+from dcae_jax import rng, sharding
+from dcae_jax.config import InitWeights, RunConfig
+from dcae_jax.data import pipeline
+from dcae_jax.data.latents import LatentDataConfig
+from dcae_jax.diffusion import samplers
+from dcae_jax.evals.base import Report, variables_of
+from dcae_jax.step import TrainState
+from dcae_jax.tasks.base import Batch, Task, Variables
+from dcae_jax.tasks.diffuse import DiffuseTask
+from dcae_jax.tree import Tree
+
+
+@dataclass(slots=True)
+class ValLossConfig:
+    """The training loss, without label dropout, on the first `n` latents of a split."""
+
+    name: str = ""  # "": latents and split, e.g. latents-test
+    data: LatentDataConfig = field(default_factory=lambda: LatentDataConfig(split="test"))
+    n: int = 1024  # latents, exactly, on any number of devices
+    batch: int = 64  # over all devices
+    bins: int = 10  # equal parts of the time from 0 (data) to 1 (noise)
+    every: int = 1000  # steps; 0: never in between
+    at_start: bool = True
+    at_end: bool = True
+    weights: InitWeights = InitWeights.ema
+
+    def resolve(self, run: RunConfig) -> None:
+        """Takes the run's cache unless another one is named; names the evaluator after it."""
+        self.data.path = self.data.path or run.data.path
+        self.data.shape = run.data.shape
+        self.name = self.name or f"latents-{self.data.split}"
+
+    def problems(self) -> list[str]:
+        """All problems of these values, each with its mend."""
+        found = []
+        for name, least in (("n", 1), ("batch", 1), ("bins", 1), ("every", 0)):
+            value = getattr(self, name)
+            if value < least:
+                found.append(f"evals: {name} = {value} of {self.name}; at least {least}")
+        return found
+
+    def metrics(self) -> tuple[str, ...]:
+        """The names of its scores."""
+        return ("loss", *(self.bin_name(i) for i in range(self.bins)), "n")
+
+    def bin_name(self, i: int) -> str:
+        """The name of the loss of the i-th part of the time."""
+        return f"loss_t{i / self.bins:.2f}"
+
+    def due(self, step: int, last: int) -> bool:
+        """Whether it runs after `step` of `last` steps."""
+        if step == last:
+            return self.at_end
+        return self.at_start if step == 0 else self.every > 0 and step % self.every == 0
+
+    def build(self, run: RunConfig, task: Task, mesh: Mesh) -> "ValLoss":
+        """The evaluator."""
+        return ValLoss(self, run, task, mesh)
+
+
+class ValLoss:
+    """See ValLossConfig."""
+
+    def __init__(self, cfg: ValLossConfig, run: RunConfig, task: DiffuseTask, mesh: Mesh):
+        self.cfg, self._run, self._task, self._mesh = cfg, run, task, mesh
+        rows = mesh.shape["data"] * mesh.shape["fsdp"]
+        self._batch = -(-cfg.batch // rows) * rows
+        self._key = rng.key(run.seed, 0, "validation")
+        self._score = jax.jit(self._sums, out_shardings=sharding.replicated(mesh))
+
+    def baselines(self) -> dict[str, dict[str, float]]:
+        """There are none."""
+        return {}
+
+    def run(self, state: TrainState, constants: Tree, poll: Callable[[], None]) -> Report:
+        """Means over all latents, and over those of each part of the time."""
+        variables = variables_of(state, constants, self.cfg.weights, self._run.ema)
+        losses, counts = np.zeros(self.cfg.bins), np.zeros(self.cfg.bins)
+        shard = pipeline.Shard(*sharding.row_shard(self._mesh))
+        with self.cfg.data.eval_batches(batch=self._batch, n=self.cfg.n, shard=shard) as batches:
+            for k, local in enumerate(batches):
+                placed = sharding.put_batch(dict(local), self._mesh)
+                first = jnp.int32(k * self._batch)
+                found = jax.device_get(self._score(variables, placed, first))
+                losses, counts = losses + found[0], counts + found[1]
+                poll()
+        scores = {"loss": float(losses.sum() / counts.sum())}
+        for i in np.flatnonzero(counts):
+            scores[self.cfg.bin_name(int(i))] = float(losses[i] / counts[i])
+        return Report({**scores, "n": float(counts.sum())}, {})
+
+    def _sums(
+        self, variables: Variables, batch: Batch, first: Array
+    ) -> tuple[Float[Array, " bins"], Float[Array, " bins"]]:
+        """(sums of losses, numbers of latents) of each part; a latent's draws follow its index."""
+        latent, process = batch["latent"], self._task.process
+        index = first + jnp.arange(latent.shape[0])
+        time = jax.vmap(lambda i: process.draw_times(jax.random.fold_in(self._key, i), ()))(index)
+        noise = samplers.initial_noise(self._key, index, latent.shape[1:])
+        examples = {"latent": latent, "label": batch["label"], "noise": noise, "time": time}
+        loss = self._task.losses(variables, examples) * batch["mask"]
+        part = jnp.clip((time * self.cfg.bins).astype(jnp.int32), 0, self.cfg.bins - 1)
+        one_hot = jax.nn.one_hot(part, self.cfg.bins) * batch["mask"][:, None]
+        return (loss[:, None] * one_hot).sum(0), one_hot.sum(0)

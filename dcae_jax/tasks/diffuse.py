@@ -1,0 +1,257 @@
+"""Training a diffusion model on cached latents of an autoencoder.
+
+The model is a network, a process and a normalisation of the latents: UViT, USiT, DiT and SiT are
+values of these.  Published recipes (DC-AE, arXiv 2410.10733): the network sees the latents times
+one scalar, each label is dropped with probability 0.1, nothing is augmented.
+"""
+
+import enum
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from dcae_jax import tree
+from dcae_jax.config import RunConfig
+from dcae_jax.data import latents
+from dcae_jax.diffusion.guidance import Denoiser
+from dcae_jax.diffusion.process import Process, ProcessConfig
+from dcae_jax.errors import UserError
+from dcae_jax.models.dit import DiTConfig
+from dcae_jax.models.uvit import UViTConfig
+from dcae_jax.tasks.base import Batch, Inputs, Loss, Objective, Variables
+from dcae_jax.tree import Tree
+
+Latents = Float[Array, "b h w c"]
+RMS_RANGE = (0.7, 1.4)  # of normalised latents; outside the scale is probably another model's
+
+
+class LatentNorm(enum.Enum):
+    """How latents are brought to unit size."""
+
+    scalar = "scalar"  # times the scaling factor, 1 / RMS (published)
+    channel = "channel"  # each channel less its mean, over its standard deviation
+
+
+class Normalisation(NamedTuple):
+    """normal = (latent - shift) * scale, for each channel."""
+
+    shift: Float[Array, " c"]
+    scale: Float[Array, " c"]
+
+    def apply(self, latent: Latents) -> Latents:
+        """Latents as the network sees them."""
+        return (latent.astype(jnp.float32) - self.shift) * self.scale
+
+    def invert(self, normal: Latents) -> Latents:
+        """Latents as the autoencoder decodes them."""
+        return normal / self.scale + self.shift
+
+
+@dataclass(slots=True)
+class DiffuseConfig:
+    """One diffusion model.  The default is UViT-S on f32c32 latents of 512-px images."""
+
+    model: UViTConfig | DiTConfig = field(default_factory=UViTConfig)
+    process: ProcessConfig = field(default_factory=ProcessConfig)
+    latent_norm: LatentNorm = LatentNorm.scalar
+    label_dropout: float = 0.1  # probability of the null class, for guidance
+    trainable: str = "net/.*"  # regex; whole parameter paths that train
+
+    def problems(self) -> list[str]:
+        """All problems of these values, each with its mend."""
+        found = [] if 0 <= self.label_dropout < 1 else [
+            f"task.label_dropout = {self.label_dropout}; a probability below 1, published: 0.1"
+        ]  # fmt: skip
+        variance = self.model.out_factor == 2
+        if variance != self.process.learn_variance:
+            found.append(
+                f"task.model gives {'a' if variance else 'no'} variance, but "
+                f"task.process.learn_variance = {self.process.learn_variance}; set both or none"
+            )
+        return found
+
+    def build(self, run: RunConfig) -> "DiffuseTask":
+        """The task; the config must be resolved and valid."""
+        return DiffuseTask(self, run)
+
+    def resolve(self, run: RunConfig) -> None:
+        """The shape of the latents is the network's; the cache is checked against it."""
+        run.data.shape = (*self.model.input_size, self.model.in_channels)
+
+    def run_problems(self, run: RunConfig) -> list[str]:
+        """Problems that this task sees in the whole run."""
+        found = []
+        if not isinstance(run.data, latents.LatentDataConfig):
+            found.append(
+                "data is not a cache of latents; set data=LatentDataConfig(path=...), made by "
+                "`python -m dcae_jax cache-latents`"
+            )
+        if run.mesh.spatial > 1:
+            found.append(
+                f"mesh.spatial = {run.mesh.spatial}: attention kernels refuse a sharded sequence; "
+                "use mesh.data and mesh.fsdp for transformers"
+            )
+        return found
+
+
+class DiffuseTask:
+    """See DiffuseConfig.  Parameters: {"net": ...}; constants: the normalisation."""
+
+    def __init__(self, cfg: DiffuseConfig, run: RunConfig):
+        self.cfg, self.run = cfg, run
+        self.net = cfg.model.build()
+        self.process: Process = cfg.process.build()
+        self.objectives = (Objective("net", self._loss, cfg.trainable, run.optim),)
+
+    # ------------------------------------------------------------------------------- the protocol
+
+    def init(self, key: PRNGKeyArray) -> tuple[Tree, Tree]:
+        """Fresh parameters, fp32."""
+        model = self.cfg.model
+        x = jnp.zeros((1, *model.input_size, model.in_channels))
+        cond = {"label": jnp.zeros((1,), jnp.int32)}
+        return {"net": self.net.init(key, x, jnp.zeros((1,)), cond)["params"]}, {}
+
+    def constants(self) -> Tree:
+        """The normalisation, from the manifest of the cache; UserError if that does not fit."""
+        manifest = latents.read_manifest(self.run.data.path)
+        check_manifest(self.cfg, manifest)
+        return {"norm": normalisation(self.cfg.latent_norm, manifest)}
+
+    def abstract_constants(self) -> Tree:
+        """Shapes of `constants`, without the file."""
+        row = jnp.zeros((self.cfg.model.in_channels,))
+        return {"norm": Normalisation(row, row)}
+
+    def shapes(self, spatial: int) -> list[str]:
+        """Tokens, widths and parameters."""
+        return self.cfg.model.describe()
+
+    def static(self, step: int) -> Hashable:
+        """The compiled step does not depend on anything."""
+        return ()
+
+    def prepare(
+        self, key: PRNGKeyArray, batch: Batch, step: Int[Array, ""], static: Hashable
+    ) -> Inputs:
+        """Times, noise, dropped labels, and a sample of the latent where it is a Gaussian."""
+        latent, label = batch["latent"].astype(jnp.float32), batch["label"]
+        k_time, k_noise, k_drop, k_latent = jax.random.split(key, 4)
+        if "logvar" in batch:
+            deviation = jnp.exp(0.5 * batch["logvar"].astype(jnp.float32))
+            latent += deviation * jax.random.normal(k_latent, latent.shape)
+        b = latent.shape[0]
+        dropped = jax.random.bernoulli(k_drop, self.cfg.label_dropout, (b,))
+        examples = {
+            "latent": latent,
+            "label": jnp.where(dropped, self.cfg.model.num_classes, label),
+            "noise": jax.random.normal(k_noise, latent.shape),
+            "time": self.process.draw_times(k_time, (b,)),
+            "weight": jnp.full((b,), 1.0 / b),
+        }
+        return Inputs(examples, {})
+
+    def predict(self, variables: Variables, batch: Batch) -> Latents:
+        """The normalised latents that the network sees in "x" at "time" of class "label"."""
+        cond = {"label": batch["label"]}
+        return self.denoiser(variables)(batch["x"], batch["time"], cond).x0
+
+    # --------------------------------------------------------------------------- loss and sampling
+
+    def network(
+        self, variables: Variables, x: Latents, time: Float[Array, " b"], cond: dict[str, Array]
+    ) -> Float[Array, "b h w f"]:
+        """The raw output; `time` is the network's own."""
+        return self.net.apply({"params": variables.params["net"]}, x, time, cond)
+
+    def denoiser(self, variables: Variables) -> Denoiser:
+        """(x_t, t, cond) -> Prediction, what guidance and samplers take."""
+        return self.process.denoiser(lambda x, time, cond: self.network(variables, x, time, cond))
+
+    def losses(self, variables: Variables, examples: Batch) -> Float[Array, " b"]:
+        """The loss of each example at its time and noise."""
+        x0 = variables.constants["norm"].apply(examples["latent"])
+        t, eps = examples["time"], examples["noise"]
+        x_t = self.process.diffuse(x0, eps, t)
+        output = self.network(
+            variables, x_t, self.process.network_time(t), {"label": examples["label"]}
+        )
+        return self.process.loss(output, x0, eps, x_t, t)
+
+    def _loss(self, variables: Variables, inputs: Inputs, carry: Any) -> Loss:
+        x = inputs.examples
+        loss = jnp.sum(x["weight"] * self.losses(variables, x))
+        normal = variables.constants["norm"].apply(x["latent"])
+        metrics = {
+            "loss": loss,
+            "latent_ms": jnp.sum(x["weight"] * jnp.mean(normal**2, axis=(1, 2, 3))),
+        }
+        return Loss({"loss": loss}, metrics, {}, None)
+
+    # ---------------------------------------------------------------------------------- reporting
+
+    def describe(self) -> list[str]:
+        """The network, the process, and what trains."""
+        cfg, process = self.cfg, self.cfg.process
+        params, _ = jax.eval_shape(self.init, jax.random.key(0))
+        trained, frozen = tree.partition(params, cfg.trainable)
+        return [
+            *cfg.model.describe(),
+            f"trained {tree.size(trained):,} parameters, frozen {tree.size(frozen):,}",
+            f"process {process.kind.value}: predicts {process.predict.value}, loss on "
+            f"{process.loss_space.value}, times {process.times.value}, shift {process.shift:g}",
+            f"latents normalised by {cfg.latent_norm.value}; label dropout {cfg.label_dropout:g}",
+        ]
+
+    def summary(self) -> dict[str, Any]:
+        """What the report's table says of the run."""
+        params, _ = jax.eval_shape(self.init, jax.random.key(0))
+        trained, frozen = tree.partition(params, self.cfg.trainable)
+        return {
+            "phase": "diffuse",
+            "trained": "net" if frozen else "everything",
+            "n_trained": tree.size(trained),
+            "n_frozen": tree.size(frozen),
+        }
+
+    def warnings(self, metrics: dict[str, float]) -> list[str]:
+        """Latents of another size than the process expects."""
+        rms = metrics["latent_ms"] ** 0.5
+        if RMS_RANGE[0] <= rms <= RMS_RANGE[1]:
+            return []
+        return [
+            f"the RMS of the normalised latents is {rms:.3g}, far from 1: the cache's scaling "
+            "factor is not that of these latents; make the cache again, or latent_norm=channel"
+        ]
+
+
+def normalisation(kind: LatentNorm, manifest: latents.Manifest) -> Normalisation:
+    """From the statistics of the cache."""
+    mean, std = jnp.asarray(manifest.mean), jnp.asarray(manifest.std)
+    if kind is LatentNorm.channel:
+        return Normalisation(mean, 1.0 / std)
+    return Normalisation(jnp.zeros_like(mean), jnp.full_like(mean, manifest.scaling_factor))
+
+
+def check_manifest(cfg: DiffuseConfig, manifest: latents.Manifest) -> None:
+    """UserError, naming all that differs, if the network is not made for these latents."""
+    model, found = cfg.model, []
+    wanted = (*model.input_size, model.in_channels)
+    if wanted != tuple(manifest.shape):
+        found.append(
+            f"latents of {'x'.join(map(str, manifest.shape))}, but task.model is made for "
+            f"{'x'.join(map(str, wanted))}: set task.model.input_size={tuple(manifest.shape[:2])} "
+            f"and task.model.in_channels={manifest.shape[2]}"
+        )
+    if manifest.num_classes > model.num_classes:
+        found.append(
+            f"{manifest.num_classes} classes, but task.model.num_classes = {model.num_classes}; "
+            f"set it to {manifest.num_classes}"
+        )
+    if found:
+        lines = "\n".join(f"  - {p}" for p in found)
+        raise UserError(f"the cache of latents does not fit the network; it holds\n{lines}")
