@@ -116,11 +116,11 @@ def check(
         say(f"config changed since the last start: {path}: {before} -> {after}{note}")
 
 
-def write(workdir: epath.Path, cfg: RunConfig, data: str) -> None:
-    """Records what runs from now on in config.json."""
+def write(workdir: epath.Path, cfg: RunConfig, data: str, more: dict[str, JSONValue]) -> None:
+    """Records what runs from now on, and what the task keeps beside it, in config.json."""
     distributed.barrier("config compared")
     if distributed.is_main():
-        record = meta(cfg, data) | {"command": sys.argv, "started": _now()}
+        record = meta(cfg, data) | more | {"command": sys.argv, "started": _now()}
         (workdir / "config.json").write_text(json.dumps(record, indent=2))
 
 
@@ -173,7 +173,7 @@ def _scores(rows: list[dict[str, Any]], names: list[str]) -> dict[str, dict[str,
     """The scores of each evaluator in the first row that has them."""
     found: dict[str, dict[str, float]] = {}
     for name in names:
-        row = next((r for r in rows if f"{name}/psnr" in r), {})
+        row = next((r for r in rows if f"{name}/n" in r), {})
         found[name] = {k.split("/")[-1]: v for k, v in row.items() if k.startswith(f"{name}/")}
     return found
 

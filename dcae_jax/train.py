@@ -50,6 +50,7 @@ class Run:
     evaluators: dict[str, Any]
     batches: pipeline.BatchIterator
     data: str  # fingerprint of the records
+    record: dict[str, Any]  # what the task keeps in every checkpoint
     evaluated_at: int = -1  # steps after which the evaluators last ran to the end
     saved_at: float = field(default_factory=time.monotonic)
     scores: dict[str, float] = field(default_factory=dict)  # of the last evaluation
@@ -171,7 +172,7 @@ def _start(
     find = _weights if record else _trained
     state, shardings, meta = find(cfg, workdir, mesh, task, checkpoints)
     if record:
-        provenance.write(workdir, cfg, data)
+        provenance.write(workdir, cfg, data, task.record())
     first = int(jax.device_get(state.step))
     if record:
         for line in describe_optimizers(task, state.params):
@@ -190,7 +191,7 @@ def _start(
             batch=cfg.batch, seed=cfg.seed, start_step=first,
             shard=pipeline.Shard(*sharding.row_shard(mesh)),
         ),
-        data=data,
+        data=data, record=task.record(),
     )  # fmt: skip
     if meta and record:
         run.scores, run.evaluated_at = meta["scores"], meta["evaluated_at"]
@@ -506,7 +507,7 @@ def _save(run: Run, wait: bool = False) -> None:
     """Starts a checkpoint; the clock's totals go into it."""
     with run.clock.pause("checkpoint"):
         rows = [{k: float(v) for k, v in row.items()} for row in jax.device_get(run.pending)]
-        meta = provenance.meta(run.cfg, run.data) | {
+        meta = provenance.meta(run.cfg, run.data) | run.record | {
             "clock": run.clock.totals(), "evaluated_at": run.evaluated_at, "scores": run.scores,
             "pending": rows, "bad_steps": run.bad_steps,
         }  # fmt: skip
@@ -524,10 +525,9 @@ def _finish(run: Run) -> None:
     _save(run, wait=True)
     baselines = {}
     for name, evaluator in run.evaluators.items():
-        if evaluator.cfg.baselines:
-            run.preemption.check()
-            with progress.working(f"baselines of {name}", enabled=distributed.is_main()):
-                baselines[name] = evaluator.baselines()
+        run.preemption.check()
+        with progress.working(f"closing {name}", enabled=distributed.is_main()):
+            baselines[name] = evaluator.baselines()
     if distributed.is_main():
         totals = run.clock.totals()
         provenance.write_summary(run.workdir, run.cfg, run.task, totals, baselines)

@@ -1,8 +1,11 @@
-"""Export an autoencoder to PyTorch: the diffusers or the official layout, checked where it can be.
+"""Export an autoencoder or diffusion model to PyTorch, checked there where it can be.
 
-OUT holds config.json, the weights, parity.npz (an input with its latent and reconstruction) and a
+OUT holds config.json, the weights, parity.npz (an input with what the network makes of it) and a
 README.md with the PyTorch lines that check them.  Where torch and diffusers are installed, the
 folder is loaded and run at once; --verify makes that mandatory.
+
+Layouts: official (efficientvit, DC-Gen), diffusers (AutoencoderDC, AutoencoderKL, DiT), and of
+diffusion models u_vit (baofff) and dit (DiT and SiT as their authors name them).
 """
 
 import argparse
@@ -17,16 +20,27 @@ if TYPE_CHECKING:
     from dcae_jax.convert.to_torch import Export
 
 
+DIFFUSION_ONLY = ("u_vit", "dit")
+
+
 def main(argv: list[str]) -> int:
     """Entry point of `python -m dcae_jax export`."""
     args = _parser().parse_args(argv)
     from dcae_jax import autoencoder, backend, checkpoint
+    from dcae_jax.cli import _diffusion
     from dcae_jax.config import InitWeights
     from dcae_jax.convert import to_torch
+    from dcae_jax.errors import UserError
 
     out = checkpoint.absolute(args.out)
     to_torch.refuse_existing(out)
     backend.compile_cache("auto")
+    if _diffusion.is_run(args.workdir):
+        _diffusion.export_model(args, out)
+        return 0
+    if args.to in DIFFUSION_ONLY or args.diffusers_times:
+        what = "--diffusers-times" if args.diffusers_times else f"--to {args.to}"
+        raise UserError(f"{what} is for diffusion models; {args.workdir} is an autoencoder")
     weights = InitWeights.ema if args.params == "ema" else InitWeights.params
     export = _plan(autoencoder.load(args.workdir, weights), args)
     _check_verifiable(export, out, args.verify)
@@ -41,7 +55,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--workdir", required=True, metavar="DIR", help="of a run or an import, or one step of it"
     )
-    parser.add_argument("--to", required=True, choices=("diffusers", "official"), help="the layout")
+    layouts = ("diffusers", "official", *DIFFUSION_ONLY)
+    parser.add_argument("--to", required=True, choices=layouts, help="the layout")
     parser.add_argument(
         "--params", choices=("ema", "raw"), default="ema",
         help="which weights of a run: the average (default) or the raw ones",
@@ -54,6 +69,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--variant", metavar="NAME", help="the release whose name the official config.json gets"
     )
+    parser.add_argument(
+        "--diffusers-times", action="store_true",
+        help="write a DiT --to diffusers although that gives it other time frequencies",
+    )  # fmt: skip
     parser.add_argument("--verify", action="store_true", help="fail unless PyTorch has agreed")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"),

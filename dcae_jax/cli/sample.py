@@ -58,7 +58,7 @@ def main(argv: list[str]) -> int:
     classes = _classes(args.classes, trained.task.cfg.model.num_classes)
     out = _folder(args.out, _settings(args, trained, classes, sampler, guide))
     mesh = sharding.make_mesh(MeshConfig(), jax.local_devices())
-    net = generate.decoder(args.autoencoder or trained.manifest.autoencoder, trained.manifest, mesh)
+    net = generate.decoder(args.autoencoder, trained.manifest, mesh)
     seed = trained.seed if args.seed is None else args.seed
     generator = Generator(trained.task, sampler, guide, mesh, seed=seed, steps=args.steps)
     _draw_all(args, generator, trained.variables, net, classes, out)

@@ -7,7 +7,7 @@ tensors, or from the user.  Tensors are read one at a time.
 import contextlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -64,10 +64,31 @@ def load(source: str, variant: str | None = None, part: str | None = None) -> Im
     `variant`: the release, where the source leaves it open.  `part`: which weights of a checkpoint
     that holds several.  UserError lists all that does not fit; nothing is written anywhere.
     """
-    release, published = None if variant is None else releases.require(variant), None
-    path = _absolute(source)
+    release = None if variant is None else releases.require(variant)
+    with open_source(source, part) as opened:
+        tensors = _unwrap(opened.tensors)
+        found = _describe(opened.config, tensors, release, source)
+        notes, published = tensors.notes, releases.named(source) if opened.from_hub else None
+        if published is not None and release is None:
+            found, more = _published(found, published, source)
+            notes += more
+        return _convert(found, tensors._replace(notes=notes + _hint(found)), source)
+
+
+class Opened(NamedTuple):
+    """A source before it is known what it holds."""
+
+    config: epath.Path | None  # config.json, of folders
+    tensors: Tensors  # under the names of the files
+    from_hub: bool
+
+
+@contextlib.contextmanager
+def open_source(source: str, part: str | None = None) -> Iterator[Opened]:
+    """Opens a folder, a file or a hub name; UserError if it is not there or cannot be read."""
+    path, from_hub = _absolute(source), False
     if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", source):
-        path, published = epath.Path(download(source)), releases.named(source)
+        path, from_hub = epath.Path(download(source)), True
     if not path.exists():
         raise UserError(
             f"{source} does not exist; give a workdir, a folder with config.json and weights, a "
@@ -75,14 +96,8 @@ def load(source: str, variant: str | None = None, part: str | None = None) -> Im
         )
     config, files = _find(path)
     with contextlib.ExitStack() as stack:
-        opened = [stack.enter_context(open_tensors(f, part)) for f in files]
-        tensors = _unwrap(_merged(opened))
-        found = _describe(config, tensors, release, source)
-        notes = tensors.notes
-        if published is not None and release is None:
-            found, more = _published(found, published, source)
-            notes += more
-        return _convert(found, tensors._replace(notes=notes + _hint(found)), source)
+        tensors = _merged([stack.enter_context(open_tensors(f, part)) for f in files])
+        yield Opened(config, tensors, from_hub)
 
 
 def _absolute(source: str) -> epath.Path:
@@ -99,7 +114,9 @@ def _find(path: epath.Path) -> tuple[epath.Path | None, list[epath.Path]]:
         return None, [path]
     config = path / "config.json"
     if not config.is_file():
-        hint = "; its autoencoder is in vae/" if (path / "vae" / "config.json").is_file() else ""
+        parts = {"vae": "autoencoder", "transformer": "diffusion model"}
+        inside = [f"its {v} is in {k}/" for k, v in parts.items() if _describes(path / k)]
+        hint = "; " + " and ".join(inside) if inside else ""
         raise UserError(
             f"{path} has no config.json{hint}; give a folder in diffusers' or the official layout, "
             "or one file of weights with --variant"
@@ -112,6 +129,10 @@ def _find(path: epath.Path) -> tuple[epath.Path | None, list[epath.Path]]:
             suffix = suffixes[0] if len(suffixes) == 1 else ""
             return config, [path / _single(path, weights, suffix)]
     raise UserError(f"{path} holds no weights; expected a {', '.join(SUFFIXES)} file")
+
+
+def _describes(path: epath.Path) -> bool:
+    return (path / "config.json").is_file()
 
 
 def _single(path: epath.Path, found: list[str], suffix: str) -> str:
@@ -149,19 +170,28 @@ def _merged(files: list[TensorFile]) -> Tensors:
 
 def _unwrap(tensors: Tensors) -> Tensors:
     """Strips the prefixes that trainers put before the autoencoder's names, and says so."""
-    real, notes = {key: key for key in tensors.infos}, list(tensors.notes)
-    while not any(key.startswith(ROOTS) for key in real):
-        prefix = next((p for p in PREFIXES if any(k.startswith(p) for k in real)), None)
-        if prefix is None:
-            break
-        rest = sorted({k.split(".")[0] for k in real if not k.startswith(prefix)})
-        real = {k.removeprefix(prefix): v for k, v in real.items() if k.startswith(prefix)}
-        notes.append(f"stripped the prefix {prefix!r}" + (f"; left out {rest}" if rest else ""))
+    real, notes = stripped(tensors.infos, ROOTS, PREFIXES)
+    notes = tensors.notes + notes
     if former := [k for k in real if any(old in k for old in names.FORMER_NAMES)]:
         notes.append(f"{len(former)} tensor(s) have former names, such as {former[0]}")
         real = {_present(k): v for k, v in real.items()}
     infos = {key: tensors.infos[name] for key, name in real.items()}
     return Tensors(infos, lambda key: tensors.read(real[key]), notes)
+
+
+def stripped(
+    keys: Iterable[str], roots: tuple[str, ...], prefixes: tuple[str, ...]
+) -> tuple[dict[str, str], list[str]]:
+    """({key without the wrappers' prefixes: key}, what was done), until a key begins as a root."""
+    real, notes = {key: key for key in keys}, []
+    while not any(key.startswith(roots) for key in real):
+        prefix = next((p for p in prefixes if any(k.startswith(p) for k in real)), None)
+        if prefix is None:
+            break
+        rest = sorted({k.split(".")[0] for k in real if not k.startswith(prefix)})
+        real = {k.removeprefix(prefix): v for k, v in real.items() if k.startswith(prefix)}
+        notes.append(f"stripped the prefix {prefix!r}" + (f"; left out {rest}" if rest else ""))
+    return real, notes
 
 
 def _present(key: str) -> str:
@@ -236,7 +266,7 @@ def _agreed(described: Described, release: str, where: str) -> Described:
         found.append(f"scaling_factor: {factor}, {what.scaling_factor}")
     if found:
         raise UserError(
-            f"{where} is not that of {release} (here, there):\n{_listed(found)}\n"
+            f"{where} is not that of {release} (here, there):\n{listed(found)}\n"
             "Leave out --variant to go by the config.json, or name the variant that it is"
         )
     return _completed(described, release)
@@ -281,14 +311,14 @@ def _detect(tensors: Tensors, layout: Layout, release: str | None, source: str) 
         factors = [f"{n} (scaling factor {_factor(n)})" for n in fits]
         raise UserError(
             f"{source} fits {len(fits)} releases, which differ in weights and scaling factor only:"
-            f"\n{_listed(factors)}\nSay which it is with --variant NAME, or give "
+            f"\n{listed(factors)}\nSay which it is with --variant NAME, or give "
             + ("its folder" if _has_config(source) else "a folder with config.json")
         )
     nearest = release or min(ranked, key=lambda name: len(ranked[name]))
     found = ranked[nearest] if nearest in ranked else _differences(nearest, layout, shapes)
     asked = f"is not {release}" if release else f"fits no release; the nearest is {nearest}"
     mend = f"It fits {', '.join(fits)}" if fits else "A network of your own needs its config.json"
-    raise UserError(f"{source} {asked}; {len(found)} difference(s):\n{_listed(found)}\n{mend}")
+    raise UserError(f"{source} {asked}; {len(found)} difference(s):\n{listed(found)}\n{mend}")
 
 
 def _has_config(source: str) -> bool:
@@ -316,7 +346,8 @@ def _factor(release: str) -> str:
     return "unknown" if factor is None else f"{factor:g}"
 
 
-def _listed(lines: list[str], most: int = 20) -> str:
+def listed(lines: list[str], most: int = 20) -> str:
+    """The lines for a message, no more than `most` of them."""
     more = [f"... and {len(lines) - most} more"] if len(lines) > most else []
     return "\n".join(f"  - {line}" for line in lines[:most] + more)
 
@@ -327,16 +358,16 @@ def _listed(lines: list[str], most: int = 20) -> str:
 def _convert(found: Described, tensors: Tensors, source: str) -> Imported:
     cfg, layout = found.cfg, found.layout
     if problems := cfg.problems():
-        raise UserError(f"the network of {source} cannot be built:\n{_listed(problems)}")
+        raise UserError(f"the network of {source} cannot be built:\n{listed(problems)}")
     shapes = {key: info.shape for key, info in tensors.infos.items()}
     if wrong := names.differences(cfg, layout, shapes):
         which = found.release or "its config.json"
         raise UserError(
             f"{source} does not hold the network of {which} ({len(wrong)} difference(s)):\n"
-            f"{_listed(wrong)}"
+            f"{listed(wrong)}"
         )
     entries = names.table(cfg, layout)
-    dtypes = _dtypes([key for e in entries for key in e.keys], tensors, source)
+    dtypes = rounded_dtypes([key for e in entries for key in e.keys], tensors, source)
     flat = {
         e.path: jax.device_put(names.from_torch(e, [tensors.read(k) for k in e.keys]))
         for e in entries
@@ -349,12 +380,12 @@ def _convert(found: Described, tensors: Tensors, source: str) -> Imported:
     )  # fmt: skip
 
 
-def _dtypes(keys: list[str], tensors: Tensors, source: str) -> dict[str, str]:
+def rounded_dtypes(keys: list[str], tensors: Tensors, source: str) -> dict[str, str]:
     """The dtypes that are not float32; UserError for those that float32 cannot hold exactly."""
     kinds: dict[str, Any] = {key: tensors.infos[key].dtype for key in keys}
     if wrong := [f"{key}: {dtype}" for key, dtype in kinds.items() if dtype not in DTYPES]:
         raise UserError(
-            f"{source} has tensors that float32 cannot hold exactly:\n{_listed(wrong)}\n"
+            f"{source} has tensors that float32 cannot hold exactly:\n{listed(wrong)}\n"
             "Convert them first (in PyTorch: tensor.float()); float32, float16 and bfloat16 are "
             "kept as they are"
         )

@@ -41,17 +41,18 @@ def read(fields: dict[str, JSONValue], where: str) -> Described:
             'AutoencoderKL ("_class_name") and the official {"model_name": ...}. For another '
             "network's folder give the folder of its autoencoder (often vae/)"
         )
-    cfg, factor = readers[name](_Fields(fields, where))
+    cfg, factor = readers[name](Fields(fields, where))
     return Described(cfg, factor, None, Layout.diffusers)
 
 
-class _Fields:
+class Fields:
     """The fields of a config.json with the defaults of its class; mistakes name file and field."""
 
     def __init__(self, fields: dict[str, JSONValue], where: str):
         self._fields, self.where = fields, where
 
     def get(self, name: str, default: JSONValue) -> JSONValue:
+        """The value of a field, or what its class takes without it."""
         return self._fields[name] if name in self._fields else default
 
     def choose(self, name: str, value: JSONValue, known: dict[Any, Any]) -> Any:
@@ -67,6 +68,7 @@ class _Fields:
             raise self.refuse(name, value, f"supported is {default!r}")
 
     def refuse(self, name: str, value: JSONValue, why: str) -> UserError:
+        """What to raise for a value that cannot be."""
         return UserError(f"{self.where}: {name} = {value!r} has no counterpart here; {why}")
 
     def check_names(self, known: set[str]) -> None:
@@ -99,7 +101,7 @@ def _per_stage(value: JSONValue, n: int) -> list[JSONValue]:
     return [value] * n if isinstance(value, str) else list(value)
 
 
-def _read_dc(fields: _Fields) -> tuple[DCAEConfig, float | None]:
+def _read_dc(fields: Fields) -> tuple[DCAEConfig, float | None]:
     fields.check_names(_DC_FIELDS)
     shortcuts = fields.get("encoder_out_shortcut", True)
     if fields.get("decoder_in_shortcut", True) != shortcuts:
@@ -126,7 +128,7 @@ def _read_dc(fields: _Fields) -> tuple[DCAEConfig, float | None]:
 
 
 def _read_side(
-    fields: _Fields, side: str, depths: list[int], norms: JSONValue, acts: JSONValue
+    fields: Fields, side: str, depths: list[int], norms: JSONValue, acts: JSONValue
 ) -> StagesConfig:
     widths = fields.get(f"{side}_block_out_channels", _W6)
     n = len(widths)
@@ -208,7 +210,7 @@ _KL_FIELDS = {
 _DOWN, _UP = "DownEncoderBlock2D", "UpDecoderBlock2D"
 
 
-def _read_kl(fields: _Fields) -> tuple[KLVAEConfig, float | None]:
+def _read_kl(fields: Fields) -> tuple[KLVAEConfig, float | None]:
     fields.check_names(_KL_FIELDS)
     widths = fields.get("block_out_channels", [64])
     fields.expect("down_block_types", [_DOWN] * len(widths))
@@ -265,7 +267,9 @@ def _read_official(fields: dict[str, JSONValue], where: str) -> Described:
         if not isinstance(cfg, DCAEConfig):
             raise UserError(f"{where}: dcae_jax is the config of a {type(cfg).__name__}, no DC-AE")
         return Described(cfg, factor, None, Layout.official)
-    release = releases.named(name)
+    release, diffusion = releases.named(name), releases.diffusion_named(name)
+    if diffusion is not None:  # its official files hold the autoencoder, too
+        release = releases.DIFFUSION[diffusion].autoencoder
     if release is None:
         raise UserError(
             f"{where}: no release is called {name!r}; there are {', '.join(releases.RELEASES)}. "

@@ -10,6 +10,7 @@ little endian, unscaled, in bf16 or f32.  With flips, record 2 i is image i of t
 have: the same machinery makes them (`pipeline.py`).
 """
 
+import contextlib
 import enum
 import hashlib
 import json
@@ -18,7 +19,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent import futures
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -38,6 +39,8 @@ from dcae_jax.errors import UserError
 FORMAT = 1  # of records and manifest: raise it when they change
 MANIFEST = "manifest.json"
 MARGIN = 64 * 1024**2  # bytes that stay free on the disk
+_OVERHEAD = 160  # bytes of a record beside its numbers: name, label and ArrayRecord's own
+_BLOCKS = 2 * 64 * 1024  # a shard is filled up to whole blocks of ArrayRecord
 _READ_TRIES = 3
 _READERS = "readahead_buffer_size:0,max_parallelism:0"  # random access
 _BUFFER = 32 * 1024  # of an open shard; array_record's default is 1 MiB
@@ -90,10 +93,11 @@ class Plan:
         first = shard * self.shard_records
         return range(first, min(first + self.shard_records, self.images))
 
-    def record_bytes(self) -> int:
-        """Bytes of an image in a shard, with room for its name and ArrayRecord's own."""
+    def space(self, shards: Iterable[int]) -> int:
+        """Bytes that some shards take at most, with names of ordinary length."""
         numbers = int(np.prod(self.shape)) * (1 + self.moments)
-        return (1 + self.flips) * (numbers * self.dtype.dtype.itemsize + 160)
+        image = (1 + self.flips) * (numbers * self.dtype.dtype.itemsize + _OVERHEAD)
+        return sum(len(self.positions_of(i)) * image + _BLOCKS for i in shards)
 
 
 @dataclass(frozen=True)
@@ -190,6 +194,17 @@ def read_json(path: epath.Path) -> JSONValue:
         return json.loads(path.read_text())
     except (FileNotFoundError, ValueError):
         return None
+
+
+def write_json(path: epath.Path, value: JSONValue) -> None:
+    """Writes a file whole or not at all, also where stores know no rename."""
+    text = json.dumps(value, indent=1)
+    if "://" in os.fspath(path):
+        path.write_text(text)
+        return
+    staged = path.parent / f"staging-{path.name}"
+    staged.write_text(text)
+    staged.replace(path)
 
 
 def find_manifest(where: epath.Path) -> Manifest | None:
@@ -356,39 +371,66 @@ class ShardWriter:
         """An image: its latent and, with flips, that of its mirror image."""
         for record in views:
             data = pack(self._plan, record)
-            self._writer.write(data)
-            self._moments.add(Moments.of(unpack(self._plan, data)))
+            stored = unpack(self._plan, data)
+            _require_finite(stored)
+            with self._told():
+                self._writer.write(data)
+            self._moments.add(Moments.of(stored))
         self._labels = max(self._labels, views[0].label + 1)
         self.images += 1
 
     def finish(self) -> ShardInfo:
         """Moves the shard to its place and writes its JSON: from now on it counts."""
-        self._writer.close()
-        channels = self._plan.shape[2]
-        info = ShardInfo(
-            self._plan.digest(), self.images, self._staged.stat().length,
-            sha256_of(self._staged), self._labels, self._moments.pixels,
-            *(_floats(values, channels) for values in (self._moments.mean, self._moments.squares)),
-            _floats(self._moments.variance, channels) if self._plan.moments else (),
-            tuple(self.bad),
-        )  # fmt: skip
-        path = shard_path(self._where, self._index)
-        if self._local:
-            self._staged.replace(path)
-        else:
-            path.write_bytes(self._staged.read_bytes())
-            self._spool.cleanup()
-        text = json.dumps(config_lib.to_json(info))
-        path.with_suffix(".json").write_text(text)
+        with self._told():
+            self._writer.close()
+            info = self._info()
+            path = shard_path(self._where, self._index)
+            if self._local:
+                self._staged.replace(path)
+            else:
+                path.write_bytes(self._staged.read_bytes())
+                self._spool.cleanup()
+            write_json(path.with_suffix(".json"), config_lib.to_json(info))
         return info
+
+    def _info(self) -> ShardInfo:
+        channels, found = self._plan.shape[2], self._moments
+        return ShardInfo(
+            plan=self._plan.digest(), images=self.images, bytes=self._staged.stat().length,
+            sha256=sha256_of(self._staged), labels=self._labels, pixels=found.pixels,
+            mean=_floats(found.mean, channels), squares=_floats(found.squares, channels),
+            variance=_floats(found.variance, channels) if self._plan.moments else (),
+            bad=tuple(self.bad),
+        )  # fmt: skip
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """A full disk, say, is one sentence; ArrayRecord's own error is a RuntimeError."""
+        try:
+            yield
+        except (OSError, RuntimeError) as error:
+            raise UserError(
+                f"cannot write shard {self._index} of {self._where}: {error}. Shards that are "
+                "finished stay: make room and run the same command again"
+            ) from error
 
     def abandon(self) -> None:
         """Leaves nothing behind."""
-        if self._writer.is_open():
+        with contextlib.suppress(RuntimeError):  # the disk may be full
             self._writer.close()
         self._staged.unlink(missing_ok=True)
         if self._spool is not None:
             self._spool.cleanup()
+
+
+def _require_finite(record: Record) -> None:
+    if all(np.isfinite(x).all() for x in (record.latent, record.logvar) if x is not None):
+        return
+    raise UserError(
+        f"the latent of {record.name} is not finite. If those of other images are, leave this "
+        "image out of the data; else the weights are not whole, or overflow in --compute bfloat16. "
+        "Shards that are finished stay"
+    )
 
 
 def _floats(values: np.ndarray | float, count: int) -> tuple[float, ...]:
@@ -410,6 +452,12 @@ def finished_shard(where: epath.Path, plan: Plan, index: int) -> ShardInfo | Non
     if not path.exists() or path.stat().length != value["bytes"]:
         return None
     return config_lib.from_json(value)
+
+
+def any_shard(where: epath.Path) -> bool:
+    """Whether a shard of any plan is finished there."""
+    names = [path.name for path in where.iterdir()] if where.exists() else []
+    return any(name.startswith("latents-") and name.endswith(".json") for name in names)
 
 
 def merged(infos: list[ShardInfo]) -> Moments:

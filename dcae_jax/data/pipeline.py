@@ -176,9 +176,7 @@ class BatchIterator:
     each counts the rows that it loaded.
     """
 
-    def __init__(
-        self, steps: grain.MapDataset, parts: tuple[Part, ...], loading: Loading
-    ) -> None:
+    def __init__(self, steps: grain.MapDataset, parts: tuple[Part, ...], loading: Loading) -> None:
         self._parts = parts
         self._judge_after = min(JUDGE_AFTER, sum(len(part.source) for part in parts))
         self._limit = loading.max_bad_fraction

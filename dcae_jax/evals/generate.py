@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import jax
 import numpy as np
+from absl import logging
 from jax.sharding import Mesh
 
 from dcae_jax import autoencoder
@@ -90,8 +91,8 @@ class Generate:
         check_classes(cfg.labels, task.cfg.model.num_classes)
         if found := cfg.sampler.process_problems(task.cfg.process):
             raise UserError(f"evals: {cfg.name}:\n" + "\n".join(f"  - {p}" for p in found))
-        manifest = latents.read_manifest(run.data.path)
-        self._net = decoder(cfg.autoencoder or manifest.autoencoder, manifest, mesh)
+        manifest = run.data.manifest()
+        self._net = decoder(cfg.autoencoder, manifest, mesh)
         self._names = manifest.classes
         self._generator = Generator(task, cfg.sampler, cfg.guidance, mesh, seed=run.seed)
         rows = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -137,9 +138,18 @@ def check_classes(labels: tuple[int, ...], classes: int) -> None:
 
 
 def decoder(source: str, manifest: latents.Manifest, mesh: Mesh) -> Autoencoder:
-    """The autoencoder of a cache, on every device of the mesh; UserError if it is another one."""
-    net = autoencoder.load(source)
-    latents.check(manifest, net)
+    """The autoencoder at `source` ("": that of the cache) on every device of the mesh.
+
+    UserError if its encoder is not the one that made the latents.
+    """
+    weights = InitWeights(manifest.weights)
+    net = (
+        autoencoder.load(source)
+        if source
+        else autoencoder.load(manifest.autoencoder, weights, manifest.variant)
+    )
+    for note in latents.check(manifest, net):
+        logging.warning("%s", note)
     return net.placed(mesh)
 
 

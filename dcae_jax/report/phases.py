@@ -29,6 +29,7 @@ _METRIC_NAMES = {
     "psnr_pooled": "PSNR pooled", "psnr": "PSNR mean", "ssim": "SSIM", "n": "images"
 }  # fmt: skip
 _EVAL_KEY = re.compile(r"(?P<evaluator>.+)/(psnr|psnr_pooled|ssim)$")
+_BIN = re.compile(r"_t\d")  # a loss of a part of the time: for curves, too many for a table
 Number = float | int
 Scores = dict[str, dict[str, Number]]  # {evaluator or baseline: {metric: value}}
 
@@ -279,16 +280,16 @@ def quality_table(phases: Sequence[Phase], evaluator: str) -> Table:
     rows = []
     for label, found in rows_of:
         cells = [score(m, (found or {}).get(m)) for m in metrics]
-        if found is None:
+        if found is None and cells:
             cells[0] = "not yet run"
         rows.append([label, *cells])
     return Table(["", *(metric_name(m) for m in metrics)], rows, rules)
 
 
 def _metrics_of(found: Sequence[dict[str, Number]]) -> list[str]:
-    """PSNR and SSIM first, then whatever else was measured, by name."""
-    names = {name for each in found for name in each}
-    return list(METRICS) + sorted(names - set(METRICS))
+    """PSNR and SSIM first, then whatever else was measured, by name; no losses of single times."""
+    names = {name for each in found for name in each if not _BIN.search(name)}
+    return [m for m in METRICS if m in names] + sorted(names - set(METRICS))
 
 
 # ---------------------------------------------------------------------------- findings
@@ -366,7 +367,7 @@ def end_table(workdirs: Sequence[writers.Path] | writers.Path) -> str:
     names = [name for name in evaluators(phases) if scores_exist(phases, name)]
     parts = [as_text(Table(_FACTS_HEAD, [[p.name, *_shortened(_facts(p))] for p in phases]))]
     for name in names:
-        title = f"{name} ({describe(name)}); PSNR in dB"
+        title = f"{name} ({describe(name)}); PSNR in dB" if resolution(name) else name
         parts.append(f"{title}\n{as_text(quality_table(phases, name))}")
     if sentences := findings(phases):
         parts.append("\n".join(sentences))

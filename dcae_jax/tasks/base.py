@@ -95,6 +95,10 @@ class Task(Protocol):
         """What evaluators and commands use, e.g. the reconstruction in [-1, 1]."""
         ...
 
+    def record(self) -> dict[str, Any]:
+        """What is kept beside the config in config.json and in every checkpoint."""
+        ...
+
     def describe(self) -> list[str]:
         """Lines printed at start: what is trained, at which size, with which losses."""
         ...

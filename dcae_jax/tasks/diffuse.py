@@ -8,7 +8,7 @@ one scalar, each label is dropped with probability 0.1, nothing is augmented.
 import enum
 from collections.abc import Hashable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,6 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from dcae_jax import tree
 from dcae_jax.config import RunConfig
-from dcae_jax.data import latents
 from dcae_jax.diffusion.guidance import Denoiser
 from dcae_jax.diffusion.process import Process, ProcessConfig
 from dcae_jax.errors import UserError
@@ -27,6 +26,25 @@ from dcae_jax.tree import Tree
 
 Latents = Float[Array, "b h w c"]
 RMS_RANGE = (0.7, 1.4)  # of normalised latents; outside the scale is probably another model's
+
+
+@runtime_checkable
+class LatentStats(Protocol):
+    """What is asked of the manifest of a cache."""
+
+    mean: tuple[float, ...]  # per channel
+    std: tuple[float, ...]
+    scaling_factor: float
+    num_classes: int
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(h, w, c) of a latent."""
+        ...
+
+    def to_json(self) -> Any:
+        """All that is known of the cache."""
+        ...
 
 
 class LatentNorm(enum.Enum):
@@ -80,12 +98,13 @@ class DiffuseConfig:
 
     def resolve(self, run: RunConfig) -> None:
         """The shape of the latents is the network's; the cache is checked against it."""
-        run.data.shape = (*self.model.input_size, self.model.in_channels)
+        if hasattr(run.data, "shape"):  # else run_problems says what is wrong
+            run.data.shape = (*self.model.input_size, self.model.in_channels)
 
     def run_problems(self, run: RunConfig) -> list[str]:
         """Problems that this task sees in the whole run."""
         found = []
-        if not isinstance(run.data, latents.LatentDataConfig):
+        if "latent" not in run.data.abstract_batch(run.batch):
             found.append(
                 "data is not a cache of latents; set data=LatentDataConfig(path=...), made by "
                 "`python -m dcae_jax cache-latents`"
@@ -118,9 +137,16 @@ class DiffuseTask:
 
     def constants(self) -> Tree:
         """The normalisation, from the manifest of the cache; UserError if that does not fit."""
-        manifest = latents.read_manifest(self.run.data.path)
+        return {"norm": normalisation(self.cfg.latent_norm, self._manifest())}
+
+    def record(self) -> dict[str, Any]:
+        """The manifest: samples are drawn and decoded without the cache."""
+        return {"latents": self._manifest().to_json()}
+
+    def _manifest(self) -> LatentStats:
+        manifest = self.run.data.manifest()
         check_manifest(self.cfg, manifest)
-        return {"norm": normalisation(self.cfg.latent_norm, manifest)}
+        return manifest
 
     def abstract_constants(self) -> Tree:
         """Shapes of `constants`, without the file."""
@@ -229,7 +255,7 @@ class DiffuseTask:
         ]
 
 
-def normalisation(kind: LatentNorm, manifest: latents.Manifest) -> Normalisation:
+def normalisation(kind: LatentNorm, manifest: LatentStats) -> Normalisation:
     """From the statistics of the cache."""
     mean, std = jnp.asarray(manifest.mean), jnp.asarray(manifest.std)
     if kind is LatentNorm.channel:
@@ -237,21 +263,10 @@ def normalisation(kind: LatentNorm, manifest: latents.Manifest) -> Normalisation
     return Normalisation(jnp.zeros_like(mean), jnp.full_like(mean, manifest.scaling_factor))
 
 
-def check_manifest(cfg: DiffuseConfig, manifest: latents.Manifest) -> None:
-    """UserError, naming all that differs, if the network is not made for these latents."""
-    model, found = cfg.model, []
-    wanted = (*model.input_size, model.in_channels)
-    if wanted != tuple(manifest.shape):
-        found.append(
-            f"latents of {'x'.join(map(str, manifest.shape))}, but task.model is made for "
-            f"{'x'.join(map(str, wanted))}: set task.model.input_size={tuple(manifest.shape[:2])} "
-            f"and task.model.in_channels={manifest.shape[2]}"
+def check_manifest(cfg: DiffuseConfig, manifest: LatentStats) -> None:
+    """UserError if the network does not know all classes of the latents."""
+    if manifest.num_classes > cfg.model.num_classes:
+        raise UserError(
+            f"the latents are of {manifest.num_classes} classes, but task.model.num_classes = "
+            f"{cfg.model.num_classes}; set it to {manifest.num_classes}"
         )
-    if manifest.num_classes > model.num_classes:
-        found.append(
-            f"{manifest.num_classes} classes, but task.model.num_classes = {model.num_classes}; "
-            f"set it to {manifest.num_classes}"
-        )
-    if found:
-        lines = "\n".join(f"  - {p}" for p in found)
-        raise UserError(f"the cache of latents does not fit the network; it holds\n{lines}")

@@ -109,7 +109,7 @@ def test_folders_without_config_or_weights(folder, tmp_path):
     (tmp_path / "config.json").rename(folder / "vae" / "config.json")
     refused_import(folder, match="its autoencoder is in vae/")
     refused_import(folder / "vae", match="holds no weights")
-    refused_import(tmp_path / "nothing", match="does not exist; give a folder")
+    refused_import(tmp_path / "nothing", match="does not exist; give a workdir, a folder")
 
 
 def test_other_networks_are_named(folder):
@@ -199,7 +199,7 @@ def described(tmp_path, release, layout, named=None):
         return from_torch._describe(None, tensors, named, str(path))
 
 
-@pytest.mark.parametrize("layout", list(Layout))
+@pytest.mark.parametrize("layout", names.AUTOENCODER_LAYOUTS)
 def test_a_bare_file_that_fits_one_release_is_that(tmp_path, layout):
     found = described(tmp_path, "dc-ae-1.5-f64c128", layout)
     assert found.release == "dc-ae-1.5-f64c128" and found.scaling_factor == 0.5935
