@@ -4,8 +4,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Int32
 
 from dcae_jax import rng, sharding
 from dcae_jax.diffusion import guidance, samplers
@@ -41,8 +42,9 @@ class Generator:
         self._mesh = mesh
 
     def draw(
-        self, variables: Variables, labels: Int[Array, " b"], indices: Int[Array, " b"]
-    ) -> Drawn:
+        self, variables: Variables, labels: Int32[np.ndarray, " b"],
+        indices: Int32[np.ndarray, " b"],
+    ) -> Drawn:  # fmt: skip
         """Samples `indices` of classes `labels`; b is a multiple of the mesh's rows."""
         batch = sharding.put_batch({"label": labels, "index": indices}, self._mesh)
         with jax.set_mesh(self._mesh):

@@ -224,7 +224,8 @@ def _draw_all(
     starts = range(jax.process_index() * size, args.n, jax.process_count() * size)
     for start in tqdm(starts, unit="batch", desc="sampling", disable=jax.process_index() > 0):
         index = np.arange(start, start + size, dtype=np.int32)
-        wanted = [i for i in index if i < args.n and not _is_there(picture_path(out, i))]
+        stop = min(start + size, args.n)
+        wanted = [i for i in range(start, stop) if not _is_there(picture_path(out, i))]
         if not wanted:
             continue
         labels = np.array([classes[i % len(classes)] for i in index], np.int32)

@@ -252,6 +252,11 @@ class Weights(Protocol):
 
 def check(manifest: Manifest, net: Weights) -> list[str]:
     """Notes about an autoencoder that shall decode these latents; UserError if it must not."""
+    if not manifest.encoder:  # a model that was imported without its autoencoder
+        return [
+            "which encoder made the latents of these imported weights is not known; "
+            f"{net.source} decodes them"
+        ]
     if net.encoder != manifest.encoder:
         raise UserError(
             f"the latents are of another autoencoder than {net.source}: their encoder is "
