@@ -1,14 +1,14 @@
 """A small UViT on f32 latents of the built-in photographs: eight classes, one for each photograph.
 
-Command:   make demo-diffusion
-           python main.py --config=configs/demo_diffusion.py --workdir=runs/demo_diffusion
+Command:   python main.py --config=configs/demo_diffusion.py --workdir=runs/demo_diffusion
 Hardware:  2 CPU cores
-Cost:      see README, "Latent diffusion"
+Cost:      not yet run to its end
 Expected:  samples that look like crops of the photograph whose class was asked for
 Metric:    the validation loss by time on held-out regions, and a grid of two samples a class
 
-Needs the latents of `make train`'s autoencoder, which `make demo-diffusion` caches:
-`python -m dcae_jax cache-latents --from runs/demo/phase3 --n 4096 --out runs/demo_latents`.
+Needs the latents of `make train`'s autoencoder:
+`python -m dcae_jax cache-latents --from runs/demo/phase3 --n 4096 --out runs/demo_latents`,
+and the same with --n 256 --split test.
 
 Chosen here, all of it: the photographs are few and their latents small (4 x 4 x 32 at 128 px), so
 latents are normalised by channel (their deviations differ sevenfold), the flow with logit-normal

@@ -9,15 +9,18 @@ Cost:      not yet run.  The FLOPs of a step are printed by --dry_run
 Expected:  not yet run.  Evaluation of f64c128-in at 512 px: PSNR 26.15, SSIM 0.7105 (official code)
 Metric:    PSNR and SSIM on ImageNet validation at 256 and 512 px
 
-The argument is NAME,PHASE: NAME a release (dc-ae-f32c32-in-1.0 by default; a wrong one lists all),
-PHASE phase1 by default.  Weights are taken from runs/NAME, where the first command puts them, or
-from --config.init_from=DIR.  To evaluate them unchanged: --mode=eval --workdir=runs/NAME.
+The argument is NAME,PHASE (or NAME:PHASE, as launch/three_phases.sh writes it): NAME a release
+(dc-ae-f32c32-in-1.0 by default; a wrong one lists all), PHASE phase1 by default.  Weights are taken
+from runs/NAME, where the first command puts them, or from --config.init_from=DIR.  To evaluate them
+unchanged: --mode=eval --workdir=runs/NAME.
 
 Stated by the paper and chosen here: see dcae_jax/recipes.py; the phases are those of training from
 scratch, with the released network as it is: BatchNorms keep their statistics.  Phase 3 leaves the
 encoder and so the scaling factor alone; after phases 1 and 2 measure it again (latent-stats).
 Other data: README, "Your own data".
 """
+
+import re
 
 from dcae_jax import recipes
 from dcae_jax.config import RunConfig
@@ -28,8 +31,8 @@ PHASES = ("phase1", "phase2", "phase3")
 
 
 def get_config(arg: str = "dc-ae-f32c32-in-1.0,phase1") -> RunConfig:
-    """The run of NAME,PHASE; either may be left out."""
-    parts = arg.split(",")
+    """The run of NAME,PHASE or NAME:PHASE; either may be left out."""
+    parts = [part for part in re.split("[,:]", arg) if part]
     found = [p for p in parts if p in PHASES]
     named = [p for p in parts if p not in PHASES]
     if len(found) > 1 or len(named) > 1:

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import os
 import pathlib
 import sys
 
@@ -17,7 +18,23 @@ def commands() -> dict[str, str]:
     return found
 
 
+BROKEN_PIPE = 141  # as shells report a process that SIGPIPE ended
+
+
 def main(argv: list[str]) -> int:
+    """Runs the command; quiet where the reader of its output has gone (`| head`)."""
+    try:
+        try:
+            return _run(argv)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # What is still buffered is written at exit: into nothing.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+
+
+def _run(argv: list[str]) -> int:
     """Dispatches to dcae_jax/cli/COMMAND.py; exit code 2 for a mistake of the user."""
     known = commands()
     if not argv or argv[0] in ("-h", "--help", "help"):

@@ -9,7 +9,9 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +43,7 @@ class Origin:
     dtypes: dict[str, str] = field(default_factory=dict)  # of tensors that are not float32
     counters: dict[str, int] = field(default_factory=dict)  # BatchNorm's num_batches_tracked
     encoder: str = ""  # digest: the factor holds for this encoder only
+    extra: dict[str, JSONValue] = field(default_factory=dict)  # of diffusers' config.json
 
     def to_json(self) -> dict[str, JSONValue]:
         """For config.json and the checkpoint's meta, under the key "autoencoder"."""
@@ -57,6 +60,7 @@ class Autoencoder:
     source: str  # for people: which weights these are
     origin: Origin | None  # of weights that are still those of an import
     encoder: str  # digest of the encoder's weights: latents of equal encoders are equal
+    factor_origin: str = ""  # for people: where the scaling factor comes from, or why there is none
 
     @functools.cached_property
     def decoder(self) -> str:
@@ -93,28 +97,31 @@ def _compiled(cfg: DCAEConfig | KLVAEConfig, method: str) -> jax.stages.Wrapped:
 
 
 def load(
-    source: str, weights: InitWeights = InitWeights.ema, variant: str | None = None
-) -> Autoencoder:
+    source: str, weights: InitWeights = InitWeights.ema, variant: str | None = None,
+    part: str | None = None,
+) -> Autoencoder:  # fmt: skip
     """The autoencoder at `source`; UserError says what was looked for.
 
     `weights`: which of a run's weights (imports have one kind).  `variant`: the release, where a
-    bare file leaves it open.
+    bare file leaves it open.  `part`: which weights of a training checkpoint that holds several.
     """
     path = checkpoint.absolute(source)
     if path.is_dir() and checkpoint.has_steps(path):
         return _from_run(source, weights)
-    return imported(from_torch.load(source, variant))
+    return imported(from_torch.load(source, variant, part, also="a workdir, "))
 
 
 def imported(found: from_torch.Imported) -> Autoencoder:
     """The autoencoder of converted weights."""
     digest = encoder_digest(found.variables)
     origin = Origin(
-        found.release, found.scaling_factor, found.source, found.dtypes, found.counters, digest
-    )
+        found.release, found.scaling_factor, found.source, found.dtypes, found.counters, digest,
+        found.extra,
+    )  # fmt: skip
     return Autoencoder(
-        found.cfg, found.variables, found.scaling_factor, found.source, origin, digest
-    )
+        found.cfg, found.variables, found.scaling_factor, found.source, origin, digest,
+        f"of {found.source}" if found.scaling_factor else f"{found.source} does not say it",
+    )  # fmt: skip
 
 
 def _from_run(source: str, weights: InitWeights) -> Autoencoder:
@@ -131,7 +138,9 @@ def _from_run(source: str, weights: InitWeights) -> Autoencoder:
     digest = encoder_digest(variables)
     factor = scaling_factor(checkpoint.workdir_of(source), digest)
     origin = _origin(found.meta)
-    return Autoencoder(task.model, variables, factor, found.source, origin, digest)
+    return Autoencoder(
+        task.model, variables, factor.value, found.source, origin, digest, factor.origin
+    )
 
 
 def abstract(cfg: DCAEConfig | KLVAEConfig) -> dict[str, Tree]:
@@ -169,31 +178,103 @@ def _digest(variables: Tree, half: str) -> str:
 # ------------------------------------------------------------------------------- the scaling factor
 
 
-def scaling_factor(workdir: epath.Path, encoder: str) -> float | None:
+class Factor(NamedTuple):
+    """A scaling factor; for people, where it comes from or why there is none."""
+
+    value: float | None
+    origin: str
+
+
+def scaling_factor(workdir: epath.Path, encoder: str) -> Factor:
     """1 / RMS of this encoder's latents, from the workdir or one that it was initialised from.
 
-    Measured statistics come first, then what an import knew; those of other encoders do not count.
+    What an import recorded comes first, because the models made for a release were trained with its
+    factor; then measured statistics.  Those of other encoders do not count.
     """
-    seen = set()
-    while workdir is not None and workdir not in seen and workdir.exists():
-        seen.add(workdir)
-        for record in (read_stats(workdir), _record(workdir)):
-            if record is not None and record["encoder"] == encoder:
-                return record["scaling_factor"]
-        before = (checkpoint.newest_meta(workdir) or {"config": {"init_from": None}})["config"]
-        workdir = checkpoint.workdir_of(before["init_from"]) if before["init_from"] else None
-    return None
+    chain, notes = _chain(workdir)
+    known = [_recorded(folder, encoder) for folder in chain]
+    known += [_measured(folder, encoder, notes) for folder in chain]
+    found = [factor for factor in known if factor is not None]
+    if not found:
+        return Factor(None, "; ".join(notes) or f"no {STATS_FILE} in {workdir}")
+    first = found[0]
+    others = [f"; not {f.value:.5g}, {f.origin}" for f in found[1:] if f.value != first.value]
+    return Factor(first.value, first.origin + "".join(others))
+
+
+def _recorded(workdir: epath.Path, encoder: str) -> Factor | None:
+    """What an import knew."""
+    origin = _origin(checkpoint.newest_meta(workdir) or {})
+    if origin is None or origin.encoder != encoder or origin.scaling_factor is None:
+        return None
+    return Factor(origin.scaling_factor, f"recorded by the import in {workdir}")
+
+
+def _measured(workdir: epath.Path, encoder: str, notes: list[str]) -> Factor | None:
+    """What `latent-stats` found; why that does not count goes to `notes`."""
+    try:
+        found = read_stats(workdir)
+    except UserError as e:
+        notes.append(str(e))
+        return None
+    if found is None:
+        return None
+    if found["encoder"] != encoder:
+        notes.append(f"{workdir / STATS_FILE} is of another encoder")
+        return None
+    return Factor(found["scaling_factor"], f"measured, {workdir / STATS_FILE}")
+
+
+def _chain(workdir: epath.Path) -> tuple[list[epath.Path], list[str]]:
+    """(the workdir and those that it was initialised from, sentences on those that are gone)."""
+    chain: list[epath.Path] = []
+    notes, ahead = [], [workdir]
+    while ahead:
+        here = ahead.pop(0)
+        if here in chain:
+            continue
+        chain.append(here)
+        meta = checkpoint.newest_meta(here)
+        if meta is None or not meta["config"]["init_from"]:
+            continue
+        places = _places(meta["config"]["init_from"], here)
+        present = [p for p in places if checkpoint.has_steps(p) or (p / STATS_FILE).exists()]
+        ahead += present
+        if not present:
+            notes.append(
+                f"{here} was initialised from {meta['config']['init_from']}, which is neither "
+                f"{places[0]} nor {places[-1]}, nor relative to a folder above"
+            )
+    return chain, notes
+
+
+def _places(init_from: str, workdir: epath.Path) -> list[epath.Path]:
+    """Where a workdir's source may be: as recorded from here, from a folder above, or beside it.
+
+    The record is what the user typed in the folder where that run was started.  A wrong hit does no
+    harm: its encoder is another one.
+    """
+    given = checkpoint.workdir_of(init_from)
+    relative = "://" not in init_from and not epath.Path(init_from).expanduser().is_absolute()
+    above = [checkpoint.workdir_of(str(p / init_from)) for p in workdir.parents if relative]
+    return [given, *above, workdir.parent / given.name]
 
 
 def read_stats(workdir: epath.Path) -> dict[str, JSONValue] | None:
-    """What `latent-stats` wrote into a workdir; None if it did not run."""
+    """What `latent-stats` wrote into a workdir; None if it did not run, UserError if damaged."""
     path = workdir / STATS_FILE
-    return json.loads(path.read_text()) if path.exists() else None
-
-
-def _record(workdir: epath.Path) -> dict[str, JSONValue] | None:
-    origin = _origin(checkpoint.newest_meta(workdir) or {})
-    return origin.to_json() if origin else None
+    if not path.exists():
+        return None
+    try:
+        found = json.loads(path.read_text())
+        if not isinstance(found["encoder"], str) or not 0 < found["scaling_factor"] < math.inf:
+            raise ValueError("its encoder or its scaling_factor cannot be")
+    except (ValueError, KeyError, TypeError) as e:
+        raise UserError(
+            f"{path} is damaged ({type(e).__name__}: {e}); remove it, or measure again with "
+            "latent-stats --force"
+        ) from e
+    return found
 
 
 def _origin(meta: checkpoint.Meta) -> Origin | None:

@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging as stdlib_logging
 import shutil
+from collections.abc import Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -301,20 +302,35 @@ def _read_weights(
     decay = None
     if prefer_ema and "ema" in saved:
         decay = ema_name(meta["config"]["ema"]["decays"][0])  # the one that is evaluated
-    inner = {"params": targets["params"], "stats": targets["stats"]}
-    tops = {p.split("/")[0] for p in saved["params"]}
-    inner = {name: {k: v for k, v in t.items() if k in tops} for name, t in inner.items()}
-    inner = {name: t for name, t in inner.items() if jax.tree.leaves(t)}
+    parts = targets["params"].keys() & {p.split("/")[0] for p in saved["params"]}
+    inner = {name: {k: v for k, v in tree.items() if k in parts} for name, tree in targets.items()}
+    whole = {"ema": {decay: inner}} if decay else inner
+    _refuse(f"{folder / str(step)}", _part_problems(saved, whole, parts))
+    inner = {name: tree for name, tree in inner.items() if jax.tree.leaves(tree)}
     want = {"ema": {decay: inner}} if decay else inner
-    for item, target in want.items():
-        # Parts of the checkpoint that this run does not have (a discriminator, say) are left there.
-        problems = [p for p in compare(item, saved[item], target) if "but not needed" not in p]
-        _refuse(f"{folder / str(step)}", problems)
     found = _read_items(folder, step, meta, want)
     found = found["ema"][decay] if decay else found
     source = f"{f'ema {decay}' if decay else 'params'} of step {step} in {folder}"
     stats = found["stats"] if "stats" in found else {}
     return Weights(found["params"], stats, step, source, meta)
+
+
+def _part_problems(
+    saved: dict[str, dict[str, JSONValue]], want: dict[str, Tree], parts: Set[str]
+) -> list[str]:
+    """How the parts ("ae") that are read differ from the target; other parts are left there.
+
+    Statistics without a place count: an RMS norm must not take a BatchNorm's scale and bias.
+    """
+    found = []
+    for item, target in want.items():
+        depth = 2 if item == "ema" else 0  # decay/params/ae/..., ae/...
+        rows = {
+            path: row for path, row in (saved[item] if item in saved else {}).items()
+            if path.split("/")[depth] in parts and (not depth or path.split("/")[0] in target)
+        }  # fmt: skip
+        found += compare(item, rows, target)
+    return found
 
 
 # ---------------------------------------------------------------------------------------- manager
@@ -413,22 +429,18 @@ class Checkpoints:
             "mend what the message says) and run the same command again: it resumes from there."
         )
 
-    def restore_newest(
-        self, target: TrainState, exact: bool = True
-    ) -> tuple[TrainState, Meta] | None:
+    def restore_newest(self, target: TrainState) -> tuple[TrainState, Meta] | None:
         """The newest step whose digests are right, on the target's shardings; None without steps.
 
-        Not `exact`: items that the target does not have (an optimizer's state) stay on the disk.
-        Damaged newer steps are named and, if `exact`, moved to `checkpoints_damaged/`.  Raises
-        UserError when steps exist but every one is damaged, or when one does not fit the target.
+        Damaged newer steps are named and moved to `checkpoints_damaged/`.  Raises UserError when
+        steps exist but every one is damaged, or when one does not fit the target.
         """
         steps = self.steps()
         damaged: list[int] = []
         for step in reversed(steps):
-            state, meta = self._try(step, target, exact)
+            state, meta = self._try(step, target)
             if state is not None:
-                if exact:  # a look leaves everything where it is
-                    self._set_aside(damaged)
+                self._set_aside(damaged)
                 self._last = step
                 return state, meta
             damaged.append(step)
@@ -439,12 +451,12 @@ class Checkpoints:
             "nothing was changed. Restore them from a backup, or use a new workdir to start over."
         )
 
-    def _try(self, step: int, target: TrainState, exact: bool) -> tuple[TrainState | None, Meta]:
+    def _try(self, step: int, target: TrainState) -> tuple[TrainState | None, Meta]:
         try:
             meta = read_meta(self.folder, step)
             items = _items(target)
             names = meta["leaves"]
-            every = sorted(names.keys() | items.keys() if exact else items.keys())
+            every = sorted(names.keys() | items.keys())
             found = [d for k in every for d in compare(k, names.get(k, {}), items.get(k, {}))]
             _refuse(f"checkpoint {step} in {self.folder}", found)
             read = _read_items(self.folder, step, meta, items)

@@ -18,12 +18,12 @@ from dcae_jax.config import MeshConfig
 from dcae_jax.data.transforms import Pixels
 from dcae_jax.errors import UserError
 from dcae_jax.evals import metrics
+from dcae_jax.latent_file import Latent
 from dcae_jax.models.base import AutoencoderConfig
 from dcae_jax.models.layers import Dtype
 from dcae_jax.tasks.autoencode import to_float
 from dcae_jax.tiling import Tiling
 
-Latent = Float[np.ndarray, "lh lw f"]
 # The border repeated costs the latent least: 0 to 0.2 dB better at 15 px than the image mirrored.
 PADDING = "edge"
 _CHUNK = 2**20  # numbers that are rounded to pixels at once
@@ -66,8 +66,9 @@ class CodecConfig:
 def check(cfg: CodecConfig, devices: int, model: AutoencoderConfig | None = None) -> None:
     """UserError with all problems; without the model, those that can be seen before it is read."""
     found = cfg.problems(devices)
-    if model is not None and cfg.tile:
-        found += cfg.tiling(model.factor).problems(model.factor)
+    factor = 1 if model is None else model.factor
+    if cfg.tile > 0 and cfg.overlap >= 0:
+        found += cfg.tiling(factor).problems(factor)
     if model is not None and model.in_channels != 3:
         found.append(f"the autoencoder is for {model.in_channels} channels; pictures have 3")
     if found:

@@ -9,19 +9,20 @@ import dataclasses
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 from etils import epath
 from jaxtyping import Float
 
+from dcae_jax import outputs
 from dcae_jax.errors import UserError
 from dcae_jax.nets import torch_file
 
 FORMAT = "dcae_jax latents 1"
-Latent = Float[np.ndarray, "h w f"]
+Latent = Float[np.ndarray, "lh lw f"]
 
 
 @dataclass(slots=True)
@@ -54,18 +55,25 @@ class Writer:
     def add(self, name: str, latent: Latent, size: tuple[int, int]) -> None:
         """One image's latent; `size` is (height, width) of the image without padding."""
         start = self._spool.tell()
-        self._spool.write(np.ascontiguousarray(latent, "<f4").tobytes())
+        try:
+            self._spool.write(np.ascontiguousarray(latent, "<f4").tobytes())
+            self._spool.flush()
+        except OSError as e:
+            raise UserError(
+                f"the latents, which are collected in {tempfile.gettempdir()}, could not be "
+                f"written there: {e.strerror}. Make room, or set TMPDIR to a folder on a larger "
+                "disk"
+            ) from e
         where = {"dtype": "F32", "shape": latent.shape, "data_offsets": (start, self._spool.tell())}
         self._rows[name] = where
         self._description.sizes[name] = size
 
     def finish(self, path: epath.Path) -> None:
-        """Writes the file in one go, as object stores want it."""
+        """Writes the file in one go, as object stores want it; it is there whole or not at all."""
         header = json.dumps({"__metadata__": self._description.metadata(), **self._rows}).encode()
         header += b" " * (-len(header) % 8)
         self._spool.seek(0)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("wb") as file:
+        with outputs.opened(path) as file:
             file.write(len(header).to_bytes(8, "little") + header)
             shutil.copyfileobj(self._spool, file)
 
@@ -90,31 +98,98 @@ class Reader:
     def __iter__(self) -> Iterator[tuple[str, Latent, tuple[int, int]]]:
         """(name, latent, (height, width) of the image) in the order of the file."""
         for name, size in self.description.sizes.items():
-            yield name, self.tensors.read(name), size
+            latent = self.tensors.read(name)
+            if not np.isfinite(latent).all():
+                raise UserError(
+                    f"{self.tensors.path}: the latent of {name!r} holds numbers that are not "
+                    "finite; encode the image again"
+                )
+            yield name, latent, size
 
 
 @contextlib.contextmanager
 def reader(path: epath.Path) -> Iterator[Reader]:
     """Opens a file that `encode` wrote; UserError if it is another kind or incomplete."""
-    with torch_file.open_tensors(path) as tensors:
+    with contextlib.ExitStack() as stack:
+        tensors = stack.enter_context(_opened(path))
         description = _described(path)
         for name, (height, width) in description.sizes.items():
             _check(path, description, tensors, name, (height, width))
         yield Reader(description, tensors)
 
 
+@contextlib.contextmanager
+def _opened(path: epath.Path) -> Iterator[torch_file.TensorFile]:
+    """The tensors of the file; what cannot be opened is told as a file of latents."""
+    with contextlib.ExitStack() as stack:
+        try:
+            tensors = stack.enter_context(torch_file.open_tensors(path))
+        except UserError as e:
+            if not path.is_file():
+                raise
+            raise UserError(
+                f"{path} cannot be read as a file of latents ({e.__cause__ or e}): it is cut or "
+                "something else; give a whole file that `python -m dcae_jax encode` wrote"
+            ) from e
+        yield tensors
+
+
 def _described(path: epath.Path) -> Description:
     with path.open("rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     about = header["__metadata__"] if "__metadata__" in header else {}
-    if "format" not in about or about["format"] != FORMAT:
+    if not isinstance(about, dict) or "format" not in about or about["format"] != FORMAT:
         raise UserError(
             f"{path} does not say that it holds {FORMAT!r}; give a file that "
             "`python -m dcae_jax encode` wrote"
         )
-    said = json.loads(about["latents"])
-    sizes = {name: (height, width) for name, (height, width) in said.pop("sizes").items()}
-    return Description(**said, sizes=sizes)
+    try:
+        return _parsed(json.loads(about["latents"]))
+    except (ValueError, TypeError, KeyError) as e:
+        raise UserError(
+            f"{path}: its metadata are not those that `python -m dcae_jax encode` writes "
+            f"({type(e).__name__}: {e}); encode the images again"
+        ) from e
+
+
+def _parsed(said: Any) -> Description:
+    """The description; ValueError and its like name the first field that cannot be."""
+    names = {field.name for field in dataclasses.fields(Description)}
+    if not isinstance(said, dict) or said.keys() != names:
+        raise ValueError(f"expected the fields {sorted(names)}")
+    for name, (fits, meaning) in _FIELDS.items():
+        if not fits(said[name]):
+            raise ValueError(f"{name} is {said[name]!r}, expected {meaning}")
+    for name, size in said["sizes"].items():
+        if not (isinstance(size, list) and len(size) == 2 and all(map(_is_positive, size))):
+            raise ValueError(f"the size of {name!r} is {size!r}, expected [height, width]")
+    return Description(**{**said, "sizes": {k: (h, w) for k, (h, w) in said["sizes"].items()}})
+
+
+def _is_count(x: object) -> bool:
+    return type(x) is int and x >= 0
+
+
+def _is_positive(x: object) -> bool:
+    return type(x) is int and x > 0
+
+
+def _is_text(x: object) -> bool:
+    return isinstance(x, str)
+
+
+def _is_factor(x: object) -> bool:
+    return x is None or (type(x) in (int, float) and 0 < x < float("inf"))
+
+
+# What each field of the metadata may be; the sizes are looked at one by one.
+_FIELDS: dict[str, tuple[Callable[[object], bool], str]] = {
+    **{name: (_is_text, "a text") for name in ("source", "encoder", "padding", "dtype")},
+    **{name: (_is_positive, "a positive whole number") for name in ("factor", "channels")},
+    **{name: (_is_count, "a whole number") for name in ("tile", "overlap")},
+    "scaling_factor": (_is_factor, "a positive number or null"),
+    "sizes": (lambda x: isinstance(x, dict), "sizes by name"),
+}
 
 
 def _check(
@@ -131,5 +206,5 @@ def _check(
             f"{path}: the latent of {name!r} is {info.dtype}{list(info.shape)}, its metadata say "
             f"float32{list(wanted)}"
         )
-    if name.startswith("/") or ".." in name.split("/"):
-        raise UserError(f"{path}: the name {name!r} would be written outside of --out")
+    if {"", ".", ".."} & set(name.split("/")) or "\0" in name:
+        raise UserError(f"{path}: {name!r} is no name of a file inside of --out")

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import time
+import zlib
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -76,15 +77,15 @@ def train(
         if provenance.is_finished(path, cfg, force):
             say(f"{path}: already finished; nothing to do (summary.json is there)")
             return DONE
-        return _work(_start(cfg, path, mesh, preemption, force), _loop)
+        return _work(_start(cfg, path, mesh, preemption, force))
 
 
-def _work(run: Run, work: Callable[[Run], int]) -> int:
-    """Does the work, saves when it is preempted, and closes what `_start` opened."""
+def _work(run: Run) -> int:
+    """Trains, saves when it is preempted, and closes what `_start` opened."""
     ended = False
     try:
         try:
-            code = work(run)
+            code = _loop(run)
         except distributed.Preempted:
             _save(run, wait=True)
             say(f"preempted: saved step {run.step()}; the same command resumes")
@@ -118,35 +119,82 @@ def say(text: str) -> None:
 
 
 def evaluate(
-    cfg: RunConfig, workdir: str, preemption: distributed.Preemption, force: bool = False
+    cfg: RunConfig, source: str, preemption: distributed.Preemption, force: bool = False
 ) -> int:
-    """Runs every evaluator of the config on the newest checkpoint of `workdir`.
+    """Runs every evaluator of the config on the newest checkpoint of a workdir, or on one step.
 
-    The workdir may be of a run or an imported autoencoder; only the weights have to fit.
+    The workdir may be of a run or an imported autoencoder; only the weights have to fit.  Scores
+    and grids go into eval/ of the workdir; the record of the training stays as it is.
     """
-    path = checkpoint.absolute(workdir)
-    meta = checkpoint.source_meta(workdir, "--workdir")
-    if cfg.ema.decays and "ema" not in meta["leaves"]:
-        say("the checkpoint has no EMA: its parameters are evaluated")
-        cfg.ema.decays = ()
-    mesh = sharding.make_mesh(cfg.mesh)
-    with jax.set_mesh(mesh), _disk_errors(path), provenance.lock(path):
-        return _work(_start(cfg, path, mesh, preemption, force, record=False), _evaluate_all)
-
-
-def _evaluate_all(run: Run) -> int:
-    """Scores and grids into eval/ of the workdir; the record of the training stays as it is."""
-    try:
-        _evaluate(run, run.step(), every=True)
-    except distributed.Preempted:
-        say("evaluation stopped; nothing was written, the same command starts it again")
-        return distributed.EXIT_PREEMPTED
-    if distributed.is_main():
-        path = run.workdir / "eval" / f"{run.step():09d}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(run.scores, indent=2))
-        say(f"scores: {path}")
+    checkpoint.find_source(source, "--workdir")
+    workdir, mesh = checkpoint.workdir_of(source), sharding.make_mesh(cfg.mesh)
+    with jax.set_mesh(mesh), _disk_errors(workdir), provenance.lock(workdir):
+        task = cfg.task.build(cfg)
+        state, weights = _trained(cfg, source, mesh, task)
+        constants = jax.device_put(task.constants(training=False), sharding.replicated(mesh))
+        reports = {}
+        for e in cfg.evals:
+            evaluator = e.build(cfg, task, mesh)
+            try:
+                reports[e.name] = _report(
+                    e.name, evaluator, state, constants, preemption.check, weights.step
+                )
+            except distributed.Preempted:
+                say("evaluation stopped; nothing was written, the same command starts it again")
+                return distributed.EXIT_PREEMPTED
+        if distributed.is_main():
+            _write_scores(cfg, workdir / "eval", weights, reports)
     return DONE
+
+
+def _trained(
+    cfg: RunConfig, source: str, mesh: Mesh, task: Task
+) -> tuple[TrainState, checkpoint.Weights]:
+    """A state with the kinds of weights that the evaluators ask for, and where they came from."""
+    state = jax.eval_shape(lambda: step.init_state(task, cfg, rng.key(cfg.seed, 0, "init")))
+    target, _ = _abstract(state.replace(opt={}), cfg, mesh)
+    targets = {"params": target.params, "stats": target.stats}
+
+    def load(kind: InitWeights) -> checkpoint.Weights:
+        found = checkpoint.load_weights(source, targets, prefer_ema=kind is InitWeights.ema)
+        say(f"weights: {found.source}")
+        return found
+
+    kinds = dict.fromkeys(e.weights for e in cfg.evals)
+    if not kinds:
+        raise UserError("the config has no evaluator; add one to `evals`")
+    found = {kind: load(kind) for kind in kinds}
+    first = next(iter(found.values()))
+    raw, mean = (found[k] if k in found else first for k in (InitWeights.params, InitWeights.ema))
+    average = {"params": mean.params, "stats": mean.stats}
+    number = jax.device_put(np.int32(first.step), sharding.replicated(mesh))
+    return TrainState(
+        step=number, params=raw.params, stats=raw.stats,
+        ema={step.ema_name(d): average for d in cfg.ema.decays[:1]}, opt={},
+    ), first  # fmt: skip
+
+
+def _write_scores(
+    cfg: RunConfig, folder: epath.Path, weights: checkpoint.Weights, reports: dict[str, Any]
+) -> None:
+    """The scores with what they depend on, under a name of their own, and the pictures."""
+    folder.mkdir(parents=True, exist_ok=True)
+    record = {
+        "scores": {
+            f"{name}/{k}": v for name, found in reports.items() for k, v in found.scalars.items()
+        },
+        "weights": weights.source,
+        "step": weights.step,
+        **provenance.meta(cfg, weights.meta["data"]),
+    }
+    evals = json.dumps(record["config"]["evals"], sort_keys=True)
+    path = folder / f"{weights.step:09d}-{zlib.crc32(evals.encode()):08x}.json"
+    path.write_text(json.dumps(record, indent=2))
+    pictures = writers.ImageWriter(folder)
+    for found in reports.values():
+        pictures.write_images(weights.step, found.images)
+    pictures.close()
+    say(f"scores: {path}")
 
 
 # ------------------------------------------------------------------------------------------ start
@@ -154,37 +202,29 @@ def _evaluate_all(run: Run) -> int:
 
 def _start(
     cfg: RunConfig, workdir: epath.Path, mesh: Mesh, preemption: distributed.Preemption,
-    force: bool, record: bool = True,
+    force: bool,
 ) -> Run:  # fmt: skip
-    """Opens data and workdir, finds the weights, prints what is about to happen.
-
-    With `record` False (evaluation) nothing is written into the training's record, and the config
-    may be another one as long as the weights fit.
-    """
+    """Opens data and workdir, finds the weights, prints what is about to happen."""
     data = cfg.data.fingerprint()
-    if record:
-        provenance.check(workdir, cfg, data, force, say)
+    provenance.check(workdir, cfg, data, force, say)
     task = cfg.task.build(cfg)
     for line in task.describe():
         say(line)
-    constants = jax.device_put(task.constants(), sharding.replicated(mesh))
+    constants = jax.device_put(task.constants(training=True), sharding.replicated(mesh))
     checkpoints = checkpoint.Checkpoints(workdir, cfg.checkpoint)
-    find = _weights if record else _trained
-    state, shardings, meta = find(cfg, workdir, mesh, task, checkpoints)
-    if record:
-        provenance.write(workdir, cfg, data, task.record())
+    state, shardings, meta = _weights(cfg, workdir, mesh, task, checkpoints)
+    provenance.write(workdir, cfg, data, task.record())
     first = int(jax.device_get(state.step))
-    if record:
-        for line in describe_optimizers(task, state.params):
-            say(line)
+    for line in describe_optimizers(task, state.params):
+        say(line)
     run = Run(
         cfg=cfg, workdir=workdir, mesh=mesh, task=task, state=state, shardings=shardings,
         constants=constants,
         checkpoints=checkpoints, preemption=preemption,
-        writers=_writers(cfg, workdir if record else workdir / "eval", first, record),
+        writers=_writers(cfg, workdir, first),
         clock=progress.Clock(
             cfg.batch, first, devices=mesh.size, cores=os.cpu_count() or 1,
-            carried=meta["clock"] if meta and record else {},
+            carried=meta["clock"] if meta else {},
         ),
         evaluators={e.name: e.build(cfg, task, mesh) for e in cfg.evals},
         batches=cfg.data.batches(
@@ -193,19 +233,17 @@ def _start(
         ),
         data=data, record=task.record(),
     )  # fmt: skip
-    if meta and record:
+    if meta:
         run.scores, run.evaluated_at = meta["scores"], meta["evaluated_at"]
         run.bad_steps, run.pending = meta["bad_steps"], meta["pending"]
-    elif record:
+    else:
         _save(run, wait=True)  # from now on there is always something to resume from
     return run
 
 
-def _writers(cfg: RunConfig, workdir: epath.Path, first: int, record: bool) -> list[writers.Writer]:
+def _writers(cfg: RunConfig, workdir: epath.Path, first: int) -> list[writers.Writer]:
     if not distributed.is_main():
         return []
-    if not record:
-        return [writers.ImageWriter(workdir)]
     return writers.make_writers(
         workdir, first, tensorboard=cfg.report.tensorboard, wandb_project=cfg.report.wandb_project
     )
@@ -247,17 +285,6 @@ def _abstract(state: TrainState, cfg: RunConfig, mesh: Mesh) -> tuple[TrainState
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings
     )
     return target, shardings
-
-
-def _trained(
-    cfg: RunConfig, workdir: epath.Path, mesh: Mesh, task: Task, checkpoints: checkpoint.Checkpoints
-) -> tuple[TrainState, TrainState, checkpoint.Meta]:
-    """As `_weights`, for evaluation: what is in the workdir, without the optimizer's state."""
-    state = jax.eval_shape(lambda: step.init_state(task, cfg, rng.key(cfg.seed, 0, "init")))
-    target, shardings = _abstract(state.replace(opt={}), cfg, mesh)
-    found, meta = checkpoints.restore_newest(target, exact=False)
-    say(f"weights: {workdir}, step {meta['step']}")
-    return found, shardings, meta
 
 
 def _init_from(
@@ -485,22 +512,33 @@ def _write(run: Run, done: int, scalars: dict[str, float], images: Any = None) -
         writer.flush()
 
 
-def _evaluate(run: Run, done: int, every: bool = False) -> None:
-    """Runs the evaluators that are due after `done` steps (or every one)."""
-    due = [e.name for e in run.cfg.evals if every or e.due(done, run.cfg.steps)]
+def _evaluate(run: Run, done: int) -> None:
+    """Runs the evaluators that are due after `done` steps."""
+    due = [e.name for e in run.cfg.evals if e.due(done, run.cfg.steps)]
     if not due:
         return
     jax.block_until_ready(run.state)
     with run.clock.pause("eval"):
         for name in due:
-            with progress.working(f"evaluating {name}", enabled=distributed.is_main()):
-                report = run.evaluators[name].run(run.state, run.constants, run.preemption.check)
+            report = _report(
+                name, run.evaluators[name], run.state, run.constants, run.preemption.check, done
+            )
             scalars = {f"{name}/{k}": v for k, v in report.scalars.items()}
             run.scores |= scalars
-            shown = ", ".join(f"{k} {v:.4g}" for k, v in report.scalars.items())
-            say(f"eval after step {done}: {name}: {shown}")
             _write(run, done, scalars, report.images)
     run.evaluated_at = done
+
+
+def _report(
+    name: str, evaluator: Any, state: TrainState, constants: Tree, poll: Callable[[], None],
+    done: int,
+) -> Any:  # fmt: skip
+    """What an evaluator says after `done` steps, told on the console."""
+    with progress.working(f"evaluating {name}", enabled=distributed.is_main()):
+        report = evaluator.run(state, constants, poll)
+    shown = ", ".join(f"{k} {v:.4g}" for k, v in report.scalars.items())
+    say(f"eval after step {done}: {name}: {shown}")
+    return report
 
 
 def _save(run: Run, wait: bool = False) -> None:

@@ -117,7 +117,55 @@ def test_measured_statistics_count_for_their_encoder_only(tmp_path) -> None:
     assert autoencoder.load(str(tmp_path / "w")).scaling_factor == 0.25
     assert autoencoder.load(str(tmp_path / "w"), InitWeights.params).scaling_factor is None
     stats(tmp_path / "w", "another", 0.5)
-    assert autoencoder.load(str(tmp_path / "w")).scaling_factor is None
+    net = autoencoder.load(str(tmp_path / "w"))
+    assert net.scaling_factor is None and "is of another encoder" in net.factor_origin
+    (tmp_path / "w" / autoencoder.STATS_FILE).unlink()
+    assert "no latent_stats.json" in autoencoder.load(str(tmp_path / "w")).factor_origin
+
+
+def imports_factor(monkeypatch, factor: float | None, encoder: str) -> None:
+    """Makes every workdir look like an import that recorded this factor."""
+    origin = autoencoder.Origin("name", factor, "a file", {}, {}, encoder)
+    newest = checkpoint.newest_meta
+
+    def with_origin(workdir):
+        return {**newest(workdir), "autoencoder": origin.to_json()}
+
+    monkeypatch.setattr(checkpoint, "newest_meta", with_origin)
+
+
+def test_what_an_import_recorded_comes_before_what_was_measured(tmp_path, monkeypatch) -> None:
+    networks.save(tmp_path / "w")
+    encoder = autoencoder.load(str(tmp_path / "w")).encoder
+    stats(tmp_path / "w", encoder, 0.25)
+    for recorded, of, expected, said in (
+        (0.5, encoder, 0.5, "recorded by the import"),
+        (0.5, encoder, 0.5, "; not 0.25, measured, "),
+        (0.5, "another", 0.25, "measured"),
+        (None, encoder, 0.25, "measured"),
+    ):
+        with monkeypatch.context() as patch:
+            imports_factor(patch, recorded, of)
+            found = autoencoder.load(str(tmp_path / "w"))
+        assert found.scaling_factor == expected and said in found.factor_origin
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['{"rms":', '{"rms": 1}', "[]", "null", '{"encoder": "x", "scaling_factor": 0}',
+     '{"encoder": "x", "scaling_factor": NaN}', '{"encoder": "x", "scaling_factor": "1"}',
+     '{"encoder": 1, "scaling_factor": 1.0}'],
+)  # fmt: skip
+def test_damaged_statistics_are_told_and_stop_nothing(workdir, text) -> None:
+    path = epath.Path(workdir) / autoencoder.STATS_FILE
+    path.write_text(text)
+    try:
+        with pytest.raises(UserError, match=r"latent_stats\.json is damaged .*--force"):
+            autoencoder.read_stats(epath.Path(workdir))
+        net = autoencoder.load(str(workdir))
+        assert net.scaling_factor is None and "is damaged" in net.factor_origin
+    finally:
+        path.unlink()
 
 
 def test_phase_3_finds_the_factor_of_the_run_it_started_from(tmp_path) -> None:
@@ -137,9 +185,39 @@ def test_phase_3_finds_the_factor_of_the_run_it_started_from(tmp_path) -> None:
     assert autoencoder.load(str(tmp_path / "trained"), raw).scaling_factor is None
 
 
+def test_the_chain_is_found_from_everywhere_and_after_a_move(tmp_path, monkeypatch) -> None:
+    """`init_from` is what was typed in the folder where the run was started."""
+    (tmp_path / "start").mkdir()
+    monkeypatch.chdir(tmp_path / "start")
+    raw, runs_folder = InitWeights.params, tmp_path / "start" / "runs" / "demo"
+    networks.save(runs_folder / "two")
+    first = autoencoder.load("runs/demo/two", raw)
+    stats(runs_folder / "two", first.encoder, 0.25)
+    frozen = {"encoder": first.variables["params"]["encoder"]}
+    networks.save(runs_folder / "three", seed=1, init_from="runs/demo/two", frozen=frozen)
+    step = "runs/demo/two/checkpoints/5"
+    networks.save(runs_folder / "again", seed=1, init_from=step, frozen=frozen)
+    assert autoencoder.load("runs/demo/three", raw).scaling_factor == 0.25
+    elsewhere = tmp_path / "start" / "later" / "three"
+    networks.save(elsewhere, seed=1, init_from="runs/demo/two", frozen=frozen)
+    monkeypatch.chdir(tmp_path)
+    for name in ("three", "again", elsewhere):
+        found = autoencoder.load(str(runs_folder / name), raw)
+        assert found.scaling_factor == 0.25 and "latent_stats.json" in found.factor_origin
+    runs_folder.rename(tmp_path / "moved")  # all of them: no folder above fits any more
+    for name in ("three", "again"):
+        assert autoencoder.load(str(tmp_path / "moved" / name), raw).scaling_factor == 0.25
+    (tmp_path / "moved" / "two").rename(tmp_path / "away")
+    found = autoencoder.load(str(tmp_path / "moved" / "three"), raw)
+    assert found.scaling_factor is None
+    assert "initialised from runs/demo/two, which is neither" in found.factor_origin
+    assert str(tmp_path / "moved" / "two") in found.factor_origin
+
+
 def test_a_chain_that_is_gone_or_a_circle_ends(tmp_path) -> None:
     networks.save(tmp_path / "gone", init_from=str(tmp_path / "nowhere"))
-    assert autoencoder.load(str(tmp_path / "gone")).scaling_factor is None
+    net = autoencoder.load(str(tmp_path / "gone"))
+    assert net.scaling_factor is None and str(tmp_path / "nowhere") in net.factor_origin
     networks.save(tmp_path / "circle", init_from=str(tmp_path / "circle"))
     assert autoencoder.load(str(tmp_path / "circle")).scaling_factor is None
 

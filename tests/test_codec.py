@@ -114,7 +114,7 @@ def _lowered(shared, shape):
 def test_float32_by_default_whatever_the_config_says() -> None:
     model = tiny.model()
     exact = networks.in_memory(model)
-    half = dataclasses.replace(model, dtype=Dtype.bfloat16)
+    half = dataclasses.replace(model, dtype=Dtype.bfloat16, conv_dtype=Dtype.bfloat16)
     net = dataclasses.replace(exact, cfg=half)
     image = networks.picture(32, 32)
     np.testing.assert_array_equal(quiet(net).encode(image), quiet(exact).encode(image))
@@ -148,6 +148,8 @@ def test_mistakes_are_refused_all_at_once() -> None:
         codec.check(CodecConfig(tile=-32, overlap=-1, spatial=9), 8)
     assert "two ways" in str(error.value) and "not negative" in str(error.value)
     assert "there are 8 device(s)" in str(error.value)
+    with pytest.raises(UserError, match="--overlap 40 is more than half"):
+        codec.check(CodecConfig(tile=64, overlap=40), 1)  # whatever the autoencoder's factor
     with pytest.raises(UserError, match="--overlap is for --tile"):
         codec.check(CodecConfig(overlap=32), 1)
     with pytest.raises(UserError, match="--spatial 0"):

@@ -33,6 +33,9 @@ def add_source(to: argparse.ArgumentParser, activations: str = "--dtype") -> Non
         "--variant", metavar="NAME", help="the release, where a bare file leaves it open"
     )
     to.add_argument(
+        "--part", metavar="NAME", help="which weights of a training checkpoint that holds several"
+    )
+    to.add_argument(
         "--params", choices=("ema", "raw"), default="ema",
         help="which weights of a run: the average (default) or the raw ones",
     )  # fmt: skip
@@ -89,10 +92,11 @@ def load(args: argparse.Namespace) -> "Autoencoder":
 
     backend.compile_cache("auto")
     weights = InitWeights.ema if args.params == "ema" else InitWeights.params
-    net = autoencoder.load(args.source, weights, args.variant)
+    net = autoencoder.load(args.source, weights, args.variant, args.part)
     factor = "unknown" if net.scaling_factor is None else f"{net.scaling_factor:.5g}"
     print(
-        f"{net.source}: f{net.cfg.factor}c{net.cfg.latent_channels}, scaling factor {factor}",
+        f"{net.source}: f{net.cfg.factor}c{net.cfg.latent_channels}, scaling factor {factor} "
+        f"({net.factor_origin})",
         flush=True,
     )
     return net

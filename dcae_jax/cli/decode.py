@@ -13,8 +13,11 @@ from typing import TYPE_CHECKING
 from dcae_jax.cli import _options
 
 if TYPE_CHECKING:
+    from etils import epath
+
     from dcae_jax.autoencoder import Autoencoder
-    from dcae_jax.latent_file import Description
+    from dcae_jax.codec import Codec
+    from dcae_jax.latent_file import Description, Reader
 
 
 def main(argv: list[str]) -> int:
@@ -30,26 +33,31 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     from etils import epath
 
-    from dcae_jax import codec as codec_lib
-    from dcae_jax import latent_file
-    from dcae_jax.data import files
-    from dcae_jax.report import images as pictures
+    from dcae_jax import latent_file, outputs
 
     cfg = _options.codec_config(args)
-    out = files.new_folder(args.out, "--out")
+    out = outputs.new_folder(args.out, "--out")
     with latent_file.reader(epath.Path(args.latents).expanduser()) as reader:
         total = len(reader.description.sizes)
         net = _options.load(args)
         _check(reader.description, net, args.force)
         codec = _options.open_codec(net, cfg)
-        for i, (name, latent, (height, width)) in enumerate(reader, 1):
-            pixels = codec_lib.to_pixels(codec.decode(latent), height, width)
-            path = out / f"{name}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(pictures.to_png(pixels))
-            print(f"[{i}/{total}] {name}  {width} x {height} px", flush=True)
+        with outputs.claimed(out, "--out"):
+            _all(codec, reader, out)
     print(f"{total} pictures in {out}")
     return 0
+
+
+def _all(codec: "Codec", reader: "Reader", out: "epath.Path") -> None:
+    from dcae_jax import codec as codec_lib
+    from dcae_jax import outputs
+    from dcae_jax.report import images as pictures
+
+    total = len(reader.description.sizes)
+    for i, (name, latent, (height, width)) in enumerate(reader, 1):
+        pixels = codec_lib.to_pixels(codec.decode(latent), height, width)
+        outputs.write(out / f"{name}.png", pictures.to_png(pixels))
+        print(f"[{i}/{total}] {name}  {width} x {height} px", flush=True)
 
 
 def _check(about: "Description", net: "Autoencoder", force: bool) -> None:

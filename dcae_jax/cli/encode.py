@@ -14,8 +14,6 @@ from typing import TYPE_CHECKING
 from dcae_jax.cli import _options
 
 if TYPE_CHECKING:
-    from etils import epath
-
     from dcae_jax.autoencoder import Autoencoder
     from dcae_jax.codec import Codec, CodecConfig
     from dcae_jax.data.files import ImageFile
@@ -30,12 +28,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", required=True, metavar="FILE", help="a new .safetensors file")
     _options.add_codec(parser)
     args = parser.parse_args(argv)
-    from dcae_jax import latent_file
+    from dcae_jax import latent_file, outputs
     from dcae_jax.data import files
 
     cfg = _options.codec_config(args)
     found = files.find(args.images, reserved=("__metadata__",))
-    out = _new_file(args.out)
+    out = outputs.new_file(args.out, ".safetensors", "--out")
     net = _options.load(args)
     codec = _options.open_codec(net, cfg)
     with latent_file.writer(_describe(net, cfg, codec)) as writer:
@@ -44,19 +42,6 @@ def main(argv: list[str]) -> int:
             writer.finish(out)
             print(f"{len(writer)} latents in {out}" + (f", {bad} bad image(s)" if bad else ""))
     return 1 if bad else 0
-
-
-def _new_file(path: str) -> "epath.Path":
-    from etils import epath
-
-    from dcae_jax.errors import UserError
-
-    out = epath.Path(path).expanduser()
-    if out.suffix != ".safetensors":
-        raise UserError(f"--out {path} must end with .safetensors")
-    if out.exists():
-        raise UserError(f"--out {path} exists; give a new file, or remove it")
-    return out
 
 
 def _describe(net: "Autoencoder", cfg: "CodecConfig", codec: "Codec") -> "Description":

@@ -1,11 +1,8 @@
-"""Export an autoencoder or diffusion model to PyTorch, checked there where it can be.
+"""Export an autoencoder to PyTorch: the diffusers or the official layout, checked where it can be.
 
-OUT holds config.json, the weights, parity.npz (an input with what the network makes of it) and a
+OUT holds config.json, the weights, parity.npz (an input with its latent and reconstruction) and a
 README.md with the PyTorch lines that check them.  Where torch and diffusers are installed, the
 folder is loaded and run at once; --verify makes that mandatory.
-
-Layouts: official (efficientvit, DC-Gen), diffusers (AutoencoderDC, AutoencoderKL, DiT), and of
-diffusion models u_vit (baofff) and dit (DiT and SiT as their authors name them).
 """
 
 import argparse
@@ -20,43 +17,43 @@ if TYPE_CHECKING:
     from dcae_jax.convert.to_torch import Export
 
 
-DIFFUSION_ONLY = ("u_vit", "dit")
-
-
 def main(argv: list[str]) -> int:
     """Entry point of `python -m dcae_jax export`."""
     args = _parser().parse_args(argv)
     from dcae_jax import autoencoder, backend, checkpoint
-    from dcae_jax.cli import _diffusion
     from dcae_jax.config import InitWeights
-    from dcae_jax.convert import to_torch
-    from dcae_jax.errors import UserError
+    from dcae_jax.convert import folder, to_torch
 
     out = checkpoint.absolute(args.out)
-    to_torch.refuse_existing(out)
-    backend.compile_cache("auto")
-    if _diffusion.is_run(args.workdir):
-        _diffusion.export_model(args, out)
-        return 0
-    if args.to in DIFFUSION_ONLY or args.diffusers_times:
-        what = "--diffusers-times" if args.diffusers_times else f"--to {args.to}"
-        raise UserError(f"{what} is for diffusion models; {args.workdir} is an autoencoder")
-    weights = InitWeights.ema if args.params == "ema" else InitWeights.params
-    export = _plan(autoencoder.load(args.workdir, weights), args)
-    _check_verifiable(export, out, args.verify)
-    to_torch.write(export, out)
+    with folder.filling(out, to_torch.FILES):
+        backend.compile_cache("auto")
+        weights = InitWeights.ema if args.params == "ema" else InitWeights.params
+        export = _plan(autoencoder.load(args.workdir, weights, part=args.part), args)
+        _check_verifiable(export, out, args.verify)
+        to_torch.fill(export, out)
     print(f"wrote {out}: {export.source}, scaling factor {export.scaling_factor:g}", flush=True)
+    for note in _notes(export):
+        print(f"  {note}", flush=True)
     _verify(export, out)
     return 0
+
+
+def _notes(export: "Export") -> list[str]:
+    """What a reader of the folder should know before using it."""
+    from dcae_jax import tree
+    from dcae_jax.convert import names, to_torch
+
+    bad = names.not_finite(export.cfg, export.layout, tree.flatten(export.variables))
+    return [note for note in (bad, to_torch.unknown_to_official(export)) if note]
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = _options.parser("export", __doc__)
     parser.add_argument(
-        "--workdir", required=True, metavar="DIR", help="of a run or an import, or one step of it"
-    )
-    layouts = ("diffusers", "official", *DIFFUSION_ONLY)
-    parser.add_argument("--to", required=True, choices=layouts, help="the layout")
+        "--workdir", required=True, metavar="DIR",
+        help="of a run or an import, or one step of it; or what import takes",
+    )  # fmt: skip
+    parser.add_argument("--to", required=True, choices=("diffusers", "official"), help="the layout")
     parser.add_argument(
         "--params", choices=("ema", "raw"), default="ema",
         help="which weights of a run: the average (default) or the raw ones",
@@ -67,12 +64,12 @@ def _parser() -> argparse.ArgumentParser:
         help="1 / RMS of the latents, instead of what is recorded with the weights",
     )  # fmt: skip
     parser.add_argument(
-        "--variant", metavar="NAME", help="the release whose name the official config.json gets"
-    )
-    parser.add_argument(
-        "--diffusers-times", action="store_true",
-        help="write a DiT --to diffusers although that gives it other time frequencies",
+        "--variant", metavar="NAME",
+        help="a release with this network: the official code builds networks by such names",
     )  # fmt: skip
+    parser.add_argument(
+        "--part", metavar="NAME", help="which weights of a training checkpoint that holds several"
+    )
     parser.add_argument("--verify", action="store_true", help="fail unless PyTorch has agreed")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"),
@@ -83,16 +80,19 @@ def _parser() -> argparse.ArgumentParser:
 
 def _plan(ae: "Autoencoder", args: argparse.Namespace) -> "Export":
     """What will be written; UserError if the scaling factor is unknown."""
+    from dcae_jax.autoencoder import Origin
     from dcae_jax.convert import names
     from dcae_jax.convert.to_torch import Export
 
-    layout = names.Layout(args.to)
-    dtypes, counters = (ae.origin.dtypes, ae.origin.counters) if ae.origin else ({}, {})
+    layout, origin = names.Layout(args.to), ae.origin or Origin()
     return Export(
-        ae.cfg, ae.variables, layout, _factor(ae, args), ae.source, _release(ae, args.variant),
-        dtypes=names.translated(ae.cfg, dtypes, layout),
-        counters=names.translated(ae.cfg, counters, layout),
+        ae.cfg, ae.variables, layout, _factor(ae, args), ae.source, origin.release,
+        unchanged=ae.origin is not None,
+        variant=_variant(ae, args.variant),
+        dtypes=names.translated(ae.cfg, origin.dtypes, layout),
+        counters=names.translated(ae.cfg, origin.counters, layout),
         dtype=args.dtype,
+        extra=origin.extra,
     )  # fmt: skip
 
 
@@ -104,22 +104,25 @@ def _factor(ae: "Autoencoder", args: argparse.Namespace) -> float:
         raise UserError(
             f"the scaling factor of {ae.source} is unknown: measure it with\n"
             f"  python -m dcae_jax latent-stats --from {args.workdir} ...\n"
-            "or give it with --scaling-factor (1 / RMS of the latents)"
+            "or give it with --scaling-factor (1 / RMS of the latents).\n"
+            f"Looked for: {ae.factor_origin}"
         )
     if given is not None and not 0 < given < float("inf"):
         raise UserError(f"--scaling-factor {given} is not positive; it is 1 / RMS of the latents")
     if None not in (given, known) and given != known:
         print(f"scaling factor {given:g} as given, instead of {known:g} as recorded", flush=True)
+    elif given is None:
+        print(f"scaling factor {known:g}, {ae.factor_origin}", flush=True)
     return known if given is None else given
 
 
-def _release(ae: "Autoencoder", variant: str | None) -> str | None:
-    """Whose name the official config.json gets: of unchanged weights, or as the user says."""
+def _variant(ae: "Autoencoder", variant: str | None) -> str | None:
+    """The release whose network this is, as the user says; UserError if it is not."""
     from dcae_jax.convert import layouts, releases
     from dcae_jax.errors import UserError
 
     if variant is None:
-        return ae.origin.release if ae.origin else None
+        return None
     release = releases.require(variant)
     found = layouts.network_differences(ae.cfg, releases.RELEASES[release].config())
     if found:
@@ -138,10 +141,11 @@ def _check_verifiable(export: "Export", out: "epath.Path", must: bool) -> None:
 
 
 def _verify(export: "Export", out: "epath.Path") -> None:
-    from dcae_jax.convert import verify
+    from dcae_jax.convert import to_torch, verify
 
     if why := verify.problem(export.cfg, out):
-        print(f"not verified: {why}; README.md there has the lines that check it")
+        lines = "; README.md there has the lines that check it"
+        print(f"not verified: {why}{'' if to_torch.unknown_to_official(export) else lines}")
         return
     errors = verify.verify(out, export.cfg, export.layout)
     verify.check(out, errors)

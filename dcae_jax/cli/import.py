@@ -1,14 +1,7 @@
-"""Import an autoencoder or diffusion model from PyTorch: a folder, a file, or a name on the hub.
+"""Import an autoencoder from PyTorch's layouts: a folder, a file, or a name on the hub.
 
-The result is a workdir: --config.init_from, export and --mode=eval take it, reconstruct those of
-autoencoders, sample those of diffusion models.  A bare file whose tensors fit several releases
-needs --variant, since they differ in the scaling factor.
-
-Diffusion models are UViT and USiT (efficientvit, DC-Gen, baofff), DiT and SiT (facebook, willisma,
-efficientvit, diffusers).  Tensors tell neither the process nor the latents they were trained on:
---variant names a release, or a family ("usit") or size of one ("usit-h"); of weights that are no
-release's, --autoencoder names the autoencoder.  An autoencoder in the same file is left out;
---part autoencoder imports it instead.
+The result is a workdir: --config.init_from, reconstruct, export and --mode=eval take it.  Tensors
+do not tell whose they are: of a bare file only --variant says it, and with it the scaling factor.
 """
 
 import argparse
@@ -28,33 +21,29 @@ def main(argv: list[str]) -> int:
     """Entry point of `python -m dcae_jax import`."""
     args = _parser().parse_args(argv)
     from dcae_jax import backend, checkpoint
-    from dcae_jax.cli import _diffusion
-    from dcae_jax.convert import diffusion_from_torch, to_torch
+    from dcae_jax.convert import folder, from_torch
 
+    _refuse_workdir(args.source)
     out = checkpoint.absolute(args.out)
-    to_torch.refuse_existing(out)
-    backend.compile_cache("auto")
-    if diffusion_from_torch.recognises(args.source, args.part):
-        _diffusion.import_model(args, out)
-    else:
-        _import_autoencoder(args, out)
+    with folder.filling(out, ours=("checkpoints",)):
+        backend.compile_cache("auto")
+        found = from_torch.load(args.source, args.variant, args.part)
+        for line in _summary(found):
+            print(line, flush=True)
+        write(found, out)
     print(f"wrote {out}")
     return 0
 
 
-def _import_autoencoder(args: argparse.Namespace, out: "epath.Path") -> None:
-    from dcae_jax.convert import diffusion_from_torch, from_torch
+def _refuse_workdir(source: str) -> None:
+    from dcae_jax import checkpoint
     from dcae_jax.errors import UserError
 
-    given = {"--autoencoder": args.autoencoder, "--scaling-factor": args.scaling_factor,
-             "--heads": args.heads}  # fmt: skip
-    if wrong := [name for name, value in given.items() if value is not None]:
-        raise UserError(f"{', '.join(wrong)} is for diffusion models, and {args.source} is none")
-    part = None if args.part == diffusion_from_torch.AUTOENCODER else args.part
-    found = from_torch.load(args.source, args.variant, part)
-    for line in _summary(found):
-        print(line, flush=True)
-    write(found, out)
+    if checkpoint.newest_meta(checkpoint.workdir_of(source)) is not None:
+        raise UserError(
+            f"{source} is a workdir already: use it as it is (--config.init_from, reconstruct, "
+            "export, ...); import takes weights in PyTorch's layouts"
+        )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -70,14 +59,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--part", metavar="NAME",
-        help="which weights of a training checkpoint that holds several, such as ema/0.9999 or "
-        "ema; autoencoder: that of an official diffusion model's file",
+        help="which weights of a training checkpoint that holds several, such as ema/0.9999",
     )  # fmt: skip
-    add = parser.add_argument
-    add("--autoencoder", metavar="AE", help="whose latents a diffusion model was trained on")
-    add("--scaling-factor", type=float, metavar="X",
-        help="that they were multiplied by, if it is not the autoencoder's own")  # fmt: skip
-    add("--heads", type=int, metavar="N", help="of a diffusion model of no published size")
     return parser
 
 
@@ -96,11 +79,12 @@ def _summary(found: "Imported") -> list[str]:
 
 
 def write(found: "Imported", out: "epath.Path") -> None:
-    """Writes the workdir: a checkpoint of step 0, then config.json; without that it is incomplete.
+    """Fills the workdir: a checkpoint of step 0, then config.json; without that it is incomplete.
 
     Its config is a whole run that would continue these weights.
     """
-    from dcae_jax import autoencoder, checkpoint, config, provenance, recipes
+    from dcae_jax import autoencoder, checkpoint, config, provenance, recipes, tree
+    from dcae_jax.convert import folder
     from dcae_jax.step import TrainState
 
     run = recipes.released(found.cfg, name=found.release or found.source)
@@ -109,9 +93,10 @@ def write(found: "Imported", out: "epath.Path") -> None:
     meta = provenance.meta(run, data="") | {"autoencoder": origin}
     stats = {"ae": found.variables["batch_stats"]} if "batch_stats" in found.variables else {}
     state = TrainState(0, {"ae": found.variables["params"]}, stats, ema={}, opt={})
-    out.mkdir(parents=True, exist_ok=True)
-    checkpoints = checkpoint.Checkpoints(out, run.checkpoint)
-    checkpoints.save(state, meta)
-    checkpoints.close()
-    record = meta | {"command": sys.argv}
-    (out / "config.json").write_text(json.dumps(record, indent=2))
+    folder.require_room(out, 4 * tree.size(found.variables))  # all f32
+    with folder.writing(out):
+        checkpoints = checkpoint.Checkpoints(out, run.checkpoint)
+        checkpoints.save(state, meta)
+        checkpoints.close()
+        record = meta | {"command": sys.argv}
+        (out / folder.CONFIG).write_text(json.dumps(record, indent=2))

@@ -1,7 +1,8 @@
 """Measure the latents of a data set: RMS, scaling factor (1 / RMS), mean and std of each channel.
 
 For a workdir the result goes into WORKDIR/latent_stats.json, where `export` and latent diffusion
-find the scaling factor; for other sources it is printed only. Images are cropped in the centre, as
+find the scaling factor, unless an import has recorded one for this encoder: that comes first. For
+other sources it is printed only. Images are cropped in the centre, as
 released models were measured, and never mirrored. Examples:
 
   python -m dcae_jax latent-stats --from runs/demo/phase3
@@ -12,6 +13,7 @@ The factor holds for one encoder: after phase 1 or 2 measure again; phase 3 leav
 is and finds the factor of the run it started from.
 """
 
+import contextlib
 import copy
 import json
 import time
@@ -20,6 +22,8 @@ from typing import TYPE_CHECKING, Any
 from dcae_jax.cli import _options
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from etils import epath
     from jax.sharding import Mesh
 
@@ -29,15 +33,17 @@ if TYPE_CHECKING:
 
 _N = 10_000  # images, where the data have as many
 _RESOLUTION = 256  # of --images, where no run says another
+_FEW = 5000  # latent pixels below which it is told
 _UNEQUAL = 10.0  # ratio of the largest to the smallest std of a channel from which on it is told
 
 
 def main(argv: list[str]) -> int:
     """Entry point of `python -m dcae_jax latent-stats`."""
     args = _parser().parse_args(argv)
+    _check(args)
     import jax
 
-    from dcae_jax import autoencoder, checkpoint, sharding
+    from dcae_jax import autoencoder, checkpoint, outputs, sharding
     from dcae_jax.config import MeshConfig
     from dcae_jax.evals import latent_stats
 
@@ -46,7 +52,8 @@ def main(argv: list[str]) -> int:
     data = _data(args, meta)
     net = _options.load(args)
     workdir = checkpoint.workdir_of(args.source) if meta else None
-    count = args.n or _default_n(data)
+    with _own_options():
+        count = _count(args, data)
     about = _about(args, net, data, count, meta)
     if workdir is not None and not args.force:
         _refuse_other(workdir, autoencoder.read_stats(workdir), about)
@@ -55,17 +62,33 @@ def main(argv: list[str]) -> int:
         f"{count} images at {data.resolution} px on {jax.device_count()} device(s); compiling",
         flush=True,
     )
-    found = latent_stats.measure(
-        _encoder(net, args.dtype, mesh), data, mesh, n=count, batch=args.batch,
-        progress=_Progress(count),
-    )  # fmt: skip
+    with _own_options():
+        found = latent_stats.measure(
+            _encoder(net, args.dtype, mesh), data, mesh, n=count, batch=args.batch,
+            progress=_Progress(count),
+        )  # fmt: skip
     print(table(found))
     record = {**about, "rms": found.rms, "scaling_factor": found.scaling_factor}
+    record |= {"rms_error": found.rms_error, "latent_pixels": found.pixels}
     record |= {"mean": found.mean, "std": found.std}
+    used = net.scaling_factor, net.factor_origin
     if workdir is not None:
-        (workdir / autoencoder.STATS_FILE).write_text(json.dumps(record, indent=1))
-        print(f"wrote {workdir / autoencoder.STATS_FILE}")
+        path = workdir / autoencoder.STATS_FILE
+        outputs.write(path, json.dumps(record, indent=1).encode())
+        print(f"wrote {path}")
+        used = autoencoder.scaling_factor(workdir, net.encoder)
+    _say_what_is_used(*used, found.scaling_factor)
     return 0
+
+
+def _say_what_is_used(factor: float | None, origin: str, measured: float) -> None:
+    """Where what is recorded comes before what was measured: both."""
+    if factor is not None and factor != measured:
+        print(
+            f"note: the scaling factor in use stays {factor:.6g} ({origin}), "
+            f"not the {measured:.6g} measured here: models made for these latents were trained "
+            "with it; export --scaling-factor gives another"
+        )
 
 
 def _parser() -> Any:
@@ -87,9 +110,50 @@ def _parser() -> Any:
     )  # fmt: skip
     parser.add_argument("--batch", type=int, default=8, metavar="B", help="over all devices")
     parser.add_argument(
+        "--min-size", type=int, metavar="PX",
+        help="leave images out whose shorter side is below; default: that of the run, or 0",
+    )  # fmt: skip
+    parser.add_argument(
+        "--max-bad-fraction", type=float, metavar="X",
+        help="of images that cannot be used, above which it stops; default: that of the run, or "
+        "0.01",
+    )  # fmt: skip
+    parser.add_argument(
         "--force", action="store_true", help="replace statistics that still hold for something"
     )
     return parser
+
+
+def _check(args: Any) -> None:
+    """UserError with all values that cannot be, before anything is read."""
+    from dcae_jax.errors import UserError
+
+    found = []
+    if args.n < 0:
+        found.append(f"--n {args.n}: give a number of images, or leave it out for all")
+    for name, value, least in (
+        ("batch", args.batch, 1), ("resolution", args.resolution, 1), ("min-size", args.min_size, 0)
+    ):  # fmt: skip
+        if value is not None and value < least:
+            found.append(f"--{name} {value} must be at least {least}")
+    if args.max_bad_fraction is not None and not 0 <= args.max_bad_fraction <= 1:
+        found.append(f"--max-bad-fraction {args.max_bad_fraction} must lie in 0..1")
+    if found:
+        raise UserError("\n".join(found))
+
+
+@contextlib.contextmanager
+def _own_options() -> "Iterator[None]":
+    """Messages of the data pipeline name fields of a config; this command has options for them."""
+    from dcae_jax.errors import UserError
+
+    try:
+        yield
+    except UserError as e:
+        text = str(e)
+        for name in ("max_bad_fraction", "min_size"):
+            text = text.replace(f"data.{name}", f"--{name.replace('_', '-')}")
+        raise UserError(text) from e
 
 
 def _data(args: Any, meta: dict[str, Any] | None) -> "DataConfig":
@@ -110,17 +174,24 @@ def _data(args: Any, meta: dict[str, Any] | None) -> "DataConfig":
         data.source, data.min_size = FolderConfig(path=args.images), 0
     data.split = args.split or data.split
     data.resolution = args.resolution or data.resolution
+    if args.min_size is not None:
+        data.min_size = args.min_size
+    if args.max_bad_fraction is not None:
+        data.max_bad_fraction = args.max_bad_fraction
     data.transform, data.flip, data.workers = Transform.center_crop, False, 0
     return data
 
 
-def _default_n(data: "DataConfig") -> int:
-    """So many that no member of a mixture has to give more than it has."""
+def _count(args: Any, data: "DataConfig") -> int:
+    """How many images; at most so many that no member of a mixture gives more than it has."""
     from dcae_jax.data import pipeline
+    from dcae_jax.errors import UserError
 
     known = pipeline.describe(data)
-    whole = min(known["records"][name] / known["shares"][name] for name in known["records"])
-    return max(1, min(_N, int(whole)))
+    whole = int(min(known["records"][name] / known["shares"][name] for name in known["records"]))
+    if args.n > whole:
+        raise UserError(f"--n {args.n}: the data have {whole} images; leave --n out for all")
+    return args.n or max(1, min(_N, whole))
 
 
 def _about(
@@ -191,11 +262,16 @@ def table(found: "LatentStats") -> str:
     """The statistics for people, with a warning where one factor cannot serve all channels."""
     low, high = min(found.std), max(found.std)
     lines = [
-        f"RMS                {found.rms:.6g}",
+        f"RMS                {found.rms:.6g}{_error(found)}",
         f"scaling factor     {found.scaling_factor:.6g}   (1 / RMS)",
         f"channel means      {min(found.mean):.4g} to {max(found.mean):.4g}",
         f"channel stds       {low:.4g} to {high:.4g}   ({len(found.std)} channels)",
     ]
+    if found.pixels < _FEW:
+        lines.append(
+            f"warning: {found.pixels} latent pixels are few for a factor that is kept; measure "
+            "more images, or larger crops"
+        )
     if high > _UNEQUAL * low:
         weak = sum(std * _UNEQUAL < high for std in found.std)
         lines.append(
@@ -203,3 +279,10 @@ def table(found: "LatentStats") -> str:
             "leaves them almost constant for a diffusion model; train longer, or scale by channel"
         )
     return "\n".join(lines)
+
+
+def _error(found: "LatentStats") -> str:
+    of = f"{found.n} image(s), {found.pixels} latent pixels"
+    if found.rms_error is None:
+        return f"   ({of})"
+    return f" +- {found.rms_error:.2g}   (standard error, {of})"

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 _SHOWN = 8  # images in the grid
 _CELL = 384  # pixels of the longer side of a picture in the grid
 _LABEL = 28  # letters of a name in the grid
+_SEAM = 2.0  # ratio of what tiles change in the overlaps to elsewhere, above which it is told
 
 
 def main(argv: list[str]) -> int:
@@ -49,6 +50,7 @@ def main(argv: list[str]) -> int:
         help="also do each image whole and print how much the tiles changed it",
     )  # fmt: skip
     args = parser.parse_args(argv)
+    from dcae_jax import outputs
     from dcae_jax.data import files
     from dcae_jax.errors import UserError
 
@@ -56,15 +58,18 @@ def main(argv: list[str]) -> int:
         raise UserError("--compare-untiled compares tiles with the whole image: give --tile")
     cfg = _options.codec_config(args)
     found = files.find(args.images, reserved=("grid",))
-    out = files.new_folder(args.out, "--out")
+    out = outputs.new_folder(args.out, "--out")
     net = _options.load(args)
     codec = _options.open_codec(net, cfg)
     work = _Work(codec, codec.untiled() if args.compare_untiled else None, out)
-    rows, bad, shown = _all(work, found)
-    _write_scores(out, net, cfg, rows, bad)
+    with outputs.claimed(out, "--out"):
+        rows, bad, shown = _all(work, found)
+        _write_scores(out, net, cfg, rows, bad)
+        if rows:
+            _write_grid(out, rows, shown, net.source)
     if rows:
-        _write_grid(out, rows, shown, net.source)
         print(table(rows))
+    _warn_of_seams(rows)
     print(f"\n{len(rows)} reconstructions in {out}" + (f", {len(bad)} bad image(s)" if bad else ""))
     return 1 if bad else 0
 
@@ -80,13 +85,13 @@ def _all(
 ) -> "tuple[list[dict[str, Any]], list[dict[str, str]], dict[str, list[np.ndarray]]]":
     """(scores, bad files, pictures for the grid)."""
     rows, bad, shown = [], [], {}
-    wanted = {file.name for file in found[:_SHOWN]}
     for progress, file, original in _options.each_image(found, bad):
         begin = time.perf_counter()
         row, reconstruction = _one(work, file, original)
         rows.append(row)
-        if file.name in wanted:
+        if len(shown) < _SHOWN or file.name < max(shown):
             shown[file.name] = _cells(original, reconstruction)
+            shown = dict(sorted(shown.items())[:_SHOWN])
         seconds = time.perf_counter() - begin
         size = f"{row['width']} x {row['height']}"
         print(f"{progress} {file.name}  {size} px, {seconds:.1f} s", flush=True)
@@ -96,15 +101,14 @@ def _all(
 def _one(work: _Work, file: "ImageFile", original: "Pixels") -> "tuple[dict[str, Any], Pixels]":
     """Reconstructs, writes, scores."""
     from dcae_jax import codec as codec_lib
+    from dcae_jax import outputs
     from dcae_jax.report import images as pictures
 
     height, width = original.shape[:2]
     latent = work.codec.encode(original)
     whole = work.codec.decode(latent)
     pixels = codec_lib.to_pixels(whole, height, width)
-    path = work.out / f"{file.name}.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(pictures.to_png(pixels))
+    outputs.write(work.out / f"{file.name}.png", pictures.to_png(pixels))
     row = {
         "name": file.name, "file": str(file.path), "height": height, "width": width,
         "latent": list(latent.shape), **_scores(original, pixels),
@@ -147,6 +151,19 @@ def _compare(
     return {**found._asdict(), "untiled_psnr": scores["psnr"], "untiled_ssim": scores["ssim"]}
 
 
+def _warn_of_seams(rows: list[dict[str, Any]]) -> None:
+    """Says where the tiles can be seen by the measure, and what helps."""
+    key = "tiled_against_untiled"
+    compared = [row for row in rows if row.get(key)]
+    above = [row["name"] for row in compared if row[key]["seam"] > _SEAM * row[key]["interior"]]
+    if above:
+        print(
+            f"warning: in {len(above)} of {len(compared)} images the tiles change the overlaps "
+            f"more than {_SEAM:g} times as much as the rest ({', '.join(above[:_SHOWN])}): a "
+            "larger --tile makes both smaller, a larger --overlap the overlaps' largest error"
+        )
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """PSNR and SSIM of each image, and their means."""
     width = max(len("mean"), *(len(row["name"]) for row in rows))
@@ -181,6 +198,7 @@ def _write_scores(
     out: "epath.Path", net: "Autoencoder", cfg: "CodecConfig", rows: list[dict[str, Any]],
     bad: list[dict[str, str]],
 ) -> None:  # fmt: skip
+    from dcae_jax import outputs
     from dcae_jax.codec import PADDING
 
     record = {
@@ -188,25 +206,27 @@ def _write_scores(
         **dataclasses.asdict(cfg), "dtype": cfg.dtype.value, "padding": PADDING,
         "images": rows, "mean": mean(rows), "bad": bad,
     }  # fmt: skip
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "scores.json").write_text(json.dumps(record, indent=1))
+    outputs.write(out / "scores.json", json.dumps(record, indent=1).encode())
 
 
 def _cells(original: "Pixels", reconstruction: "Pixels") -> "list[np.ndarray]":
-    """Original, reconstruction and error for the grid; large ones scaled down after the error."""
+    """Original, reconstruction and error for the grid, scaled to it after the error was taken."""
     from dcae_jax.report import images as pictures
 
     error = pictures.error_map(original, reconstruction, _GAIN)
-    return [_smaller(picture) for picture in (original, reconstruction, error)]
+    return [_fitted(picture) for picture in (original, reconstruction, error)]
 
 
 _GAIN = 4.0
 
 
-def _smaller(picture: "Pixels") -> "Pixels":
+def _fitted(picture: "Pixels") -> "Pixels":
+    """Large ones as means over pixels; small ones with each pixel repeated."""
     import numpy as np
     from PIL import Image
 
+    if (times := _CELL // max(picture.shape[:2])) > 1:
+        return picture.repeat(times, axis=0).repeat(times, axis=1)
     image = Image.fromarray(picture)
     image.thumbnail((_CELL, _CELL), Image.Resampling.BOX)
     return np.asarray(image)
@@ -215,6 +235,7 @@ def _smaller(picture: "Pixels") -> "Pixels":
 def _write_grid(
     out: "epath.Path", rows: list[dict[str, Any]], shown: "dict[str, list[np.ndarray]]", source: str
 ) -> None:
+    from dcae_jax import outputs
     from dcae_jax.report import images as pictures
 
     labels = [_label(row) for row in rows if row["name"] in shown]
@@ -224,7 +245,7 @@ def _write_grid(
         columns=["original", "reconstruction", f"error x{_GAIN:g}"],
         labels=labels, caption=f"{some}{source}",
     )  # fmt: skip
-    (out / "grid.png").write_bytes(pictures.to_png(picture))
+    outputs.write(out / "grid.png", pictures.to_png(picture))
 
 
 def _label(row: dict[str, Any]) -> str:

@@ -7,17 +7,17 @@ tensors, or from the user.  Tensors are read one at a time.
 import contextlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
-import ml_dtypes
 import numpy as np
 from etils import epath
 
 from dcae_jax import tree
-from dcae_jax.convert import layouts, names, releases
+from dcae_jax.config import JSONValue
+from dcae_jax.convert import folder, layouts, names, releases
 from dcae_jax.convert.layouts import Described
 from dcae_jax.convert.names import AnyConfig, Layout
 from dcae_jax.errors import UserError
@@ -25,12 +25,12 @@ from dcae_jax.nets.torch_file import Info, TensorFile, open_tensors
 from dcae_jax.tree import Tree
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
-USUAL = ("diffusion_pytorch_model", "model")  # stems of weights in folders of PyTorch layouts
-DTYPES = {
-    np.dtype(np.float32): "float32",
-    np.dtype(np.float16): "float16",
-    np.dtype(ml_dtypes.bfloat16): "bfloat16",
+INDEX = ".safetensors.index.json"
+USUAL = {  # stems of weights in folders, the layout's own first
+    Layout.diffusers: ("diffusion_pytorch_model", "model"),
+    Layout.official: ("model", "diffusion_pytorch_model"),
 }
+DTYPES = ("float32", "float16", "bfloat16")  # float32 holds their values exactly
 ROOTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
 # Wrappers of trainers around the autoencoder's names, and what else they hold.
 PREFIXES = ("module.", "autoencoder.", "0.")
@@ -48,6 +48,7 @@ class Imported:
     counters: dict[str, int]  # BatchNorm's num_batches_tracked
     source: str
     notes: list[str] = field(default_factory=list)  # what was done on the way, for people
+    extra: dict[str, JSONValue] = field(default_factory=dict)  # of `layouts.Described`
 
 
 class Tensors(NamedTuple):
@@ -58,46 +59,35 @@ class Tensors(NamedTuple):
     notes: list[str]
 
 
-def load(source: str, variant: str | None = None, part: str | None = None) -> Imported:
+def load(
+    source: str, variant: str | None = None, part: str | None = None, also: str = ""
+) -> Imported:
     """The weights of a folder, a file or a hub name (owner/name), converted.
 
     `variant`: the release, where the source leaves it open.  `part`: which weights of a checkpoint
-    that holds several.  UserError lists all that does not fit; nothing is written anywhere.
+    that holds several.  `also`: what else the caller takes, for the message ("a workdir, ").
+    UserError lists all that does not fit; nothing is written anywhere.
     """
-    release = None if variant is None else releases.require(variant)
-    with open_source(source, part) as opened:
-        tensors = _unwrap(opened.tensors)
-        found = _describe(opened.config, tensors, release, source)
-        notes, published = tensors.notes, releases.named(source) if opened.from_hub else None
+    release, published = None if variant is None else releases.require(variant), None
+    path = _absolute(source)
+    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+        path, published = epath.Path(download(source)), releases.named(source)
+    if not path.exists():
+        raise UserError(
+            f"{source} does not exist; give {also}a folder with config.json and weights, a "
+            f"{', '.join(SUFFIXES)} file, or a name on the hub (owner/name)"
+        )
+    described = _config(path, source) if path.is_dir() else None
+    files, notes = _weights(path, described)
+    with contextlib.ExitStack() as stack:
+        opened = [stack.enter_context(open_tensors(f, part)) for f in files]
+        tensors = _unwrap(_merged(opened))
+        found = _describe(described, tensors, release, source)
+        notes += tensors.notes
         if published is not None and release is None:
             found, more = _published(found, published, source)
             notes += more
         return _convert(found, tensors._replace(notes=notes + _hint(found)), source)
-
-
-class Opened(NamedTuple):
-    """A source before it is known what it holds."""
-
-    config: epath.Path | None  # config.json, of folders
-    tensors: Tensors  # under the names of the files
-    from_hub: bool
-
-
-@contextlib.contextmanager
-def open_source(source: str, part: str | None = None) -> Iterator[Opened]:
-    """Opens a folder, a file or a hub name; UserError if it is not there or cannot be read."""
-    path, from_hub = _absolute(source), False
-    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", source):
-        path, from_hub = epath.Path(download(source)), True
-    if not path.exists():
-        raise UserError(
-            f"{source} does not exist; give a workdir, a folder with config.json and weights, a "
-            f"{', '.join(SUFFIXES)} file, or a name on the hub (owner/name)"
-        )
-    config, files = _find(path)
-    with contextlib.ExitStack() as stack:
-        tensors = _merged([stack.enter_context(open_tensors(f, part)) for f in files])
-        yield Opened(config, tensors, from_hub)
 
 
 def _absolute(source: str) -> epath.Path:
@@ -108,38 +98,53 @@ def _absolute(source: str) -> epath.Path:
 # ------------------------------------------------------------------------------------------ files
 
 
-def _find(path: epath.Path) -> tuple[epath.Path | None, list[epath.Path]]:
-    """(config.json if the source is a folder, the files of weights)."""
-    if not path.is_dir():
-        return None, [path]
+def _config(path: epath.Path, source: str) -> Described:
+    """What the config.json of a folder says."""
     config = path / "config.json"
-    if not config.is_file():
-        parts = {"vae": "autoencoder", "transformer": "diffusion model"}
-        inside = [f"its {v} is in {k}/" for k, v in parts.items() if _describes(path / k)]
-        hint = "; " + " and ".join(inside) if inside else ""
+    if config.is_file():
+        try:
+            fields = json.loads(config.read_text())
+        except ValueError as e:
+            raise UserError(f"{config} is not readable JSON ({e})") from e
+        return layouts.read(fields, str(config))
+    if folder.is_unfinished(path):
         raise UserError(
-            f"{path} has no config.json{hint}; give a folder in diffusers' or the official layout, "
-            "or one file of weights with --variant"
+            f"{source} is unfinished: what wrote it did not end; run that command again"
         )
+    hint = "; its autoencoder is in vae/" if (path / "vae" / "config.json").is_file() else ""
+    raise UserError(
+        f"{path} has no config.json{hint}; give a folder in diffusers' or the official layout, "
+        "or one file of weights with --variant"
+    )
+
+
+def _weights(path: epath.Path, described: Described | None) -> tuple[list[epath.Path], list[str]]:
+    """The files of weights, and what was left out beside them."""
+    if described is None:
+        if path.suffix == ".json":
+            raise UserError(f"{path} holds no weights; give the folder that it describes")
+        return [path], []
     inside = sorted(p.name for p in path.iterdir())
-    if indices := [n for n in inside if n.endswith(".safetensors.index.json")]:
-        return config, _shards(path, _single(path, indices, ".safetensors.index.json"))
+    if indices := [n for n in inside if n.endswith(INDEX)]:
+        index, notes = _single(path, indices, INDEX, described.layout)
+        return _shards(path, index), notes
     for suffixes in ((".safetensors",), SUFFIXES[1:]):
         if weights := [n for n in inside if n.endswith(suffixes)]:
             suffix = suffixes[0] if len(suffixes) == 1 else ""
-            return config, [path / _single(path, weights, suffix)]
+            name, notes = _single(path, weights, suffix, described.layout)
+            return [path / name], notes
     raise UserError(f"{path} holds no weights; expected a {', '.join(SUFFIXES)} file")
 
 
-def _describes(path: epath.Path) -> bool:
-    return (path / "config.json").is_file()
-
-
-def _single(path: epath.Path, found: list[str], suffix: str) -> str:
-    """The one file, or that with a usual name; UserError if it stays open which."""
-    usual = [stem + suffix for stem in USUAL if stem + suffix in found]
+def _single(
+    path: epath.Path, found: list[str], suffix: str, layout: Layout
+) -> tuple[str, list[str]]:
+    """The one file, or that with the usual name of the layout; UserError if it stays open which."""
+    usual = [stem + suffix for stem in USUAL[layout] if stem + suffix in found]
     if len(found) == 1 or usual:
-        return (usual or found)[0]
+        name = (usual or found)[0]
+        others = ", ".join(n for n in found if n != name)
+        return name, [f"taken from {name}; left out: {others}"] if others else []
     raise UserError(
         f"{path} holds several files of weights: {', '.join(found)}; give a folder with "
         "config.json and one of them"
@@ -149,7 +154,7 @@ def _single(path: epath.Path, found: list[str], suffix: str) -> str:
 def _shards(path: epath.Path, index: str) -> list[epath.Path]:
     try:
         shards = sorted(set(json.loads((path / index).read_text())["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError) as e:
+    except (ValueError, KeyError, AttributeError, TypeError) as e:
         raise UserError(f"{path / index} is no index of shards ({type(e).__name__}: {e})") from e
     if missing := [s for s in shards if not (path / s).is_file()]:
         raise UserError(f"{path}: {index} names {', '.join(missing)}, which is not there")
@@ -170,28 +175,19 @@ def _merged(files: list[TensorFile]) -> Tensors:
 
 def _unwrap(tensors: Tensors) -> Tensors:
     """Strips the prefixes that trainers put before the autoencoder's names, and says so."""
-    real, notes = stripped(tensors.infos, ROOTS, PREFIXES)
-    notes = tensors.notes + notes
-    if former := [k for k in real if any(old in k for old in names.FORMER_NAMES)]:
-        notes.append(f"{len(former)} tensor(s) have former names, such as {former[0]}")
-        real = {_present(k): v for k, v in real.items()}
-    infos = {key: tensors.infos[name] for key, name in real.items()}
-    return Tensors(infos, lambda key: tensors.read(real[key]), notes)
-
-
-def stripped(
-    keys: Iterable[str], roots: tuple[str, ...], prefixes: tuple[str, ...]
-) -> tuple[dict[str, str], list[str]]:
-    """({key without the wrappers' prefixes: key}, what was done), until a key begins as a root."""
-    real, notes = {key: key for key in keys}, []
-    while not any(key.startswith(roots) for key in real):
-        prefix = next((p for p in prefixes if any(k.startswith(p) for k in real)), None)
+    real, notes = {key: key for key in tensors.infos}, list(tensors.notes)
+    while not any(key.startswith(ROOTS) for key in real):
+        prefix = next((p for p in PREFIXES if any(k.startswith(p) for k in real)), None)
         if prefix is None:
             break
         rest = sorted({k.split(".")[0] for k in real if not k.startswith(prefix)})
         real = {k.removeprefix(prefix): v for k, v in real.items() if k.startswith(prefix)}
         notes.append(f"stripped the prefix {prefix!r}" + (f"; left out {rest}" if rest else ""))
-    return real, notes
+    if former := [k for k in real if any(old in k for old in names.FORMER_NAMES)]:
+        notes.append(f"{len(former)} tensor(s) have former names, such as {former[0]}")
+        real = {_present(k): v for k, v in real.items()}
+    infos = {key: tensors.infos[name] for key, name in real.items()}
+    return Tensors(infos, lambda key: tensors.read(real[key]), notes)
 
 
 def _present(key: str) -> str:
@@ -234,9 +230,12 @@ def download(name: str) -> str:
 
 
 def _describe(
-    config: epath.Path | None, tensors: Tensors, release: str | None, source: str
+    described: Described | None, tensors: Tensors, release: str | None, source: str
 ) -> Described:
-    """Network, factor and release; UserError if they are open, or contradict each other."""
+    """Network, factor and release; UserError if they are open, or contradict each other.
+
+    `described`: of the folder's config.json; None for a bare file.
+    """
     layout = names.layout_of(tensors.infos)
     if layout is None:
         first = ", ".join(list(tensors.infos)[:3]) or "none"
@@ -245,14 +244,10 @@ def _describe(
             "expected names as encoder.stages.1... (official) or encoder.down_blocks.1... "
             "(diffusers)"
         )
-    if config is None:
+    if described is None:
         return _detect(tensors, layout, release, source)
-    try:
-        described = layouts.read(json.loads(config.read_text()), str(config))
-    except ValueError as e:
-        raise UserError(f"{config} is not readable JSON ({e})") from e
     described = described._replace(layout=layout)
-    return described if release is None else _agreed(described, release, str(config))
+    return described if release is None else _agreed(described, release, source)
 
 
 def _agreed(described: Described, release: str, where: str) -> Described:
@@ -266,7 +261,7 @@ def _agreed(described: Described, release: str, where: str) -> Described:
         found.append(f"scaling_factor: {factor}, {what.scaling_factor}")
     if found:
         raise UserError(
-            f"{where} is not that of {release} (here, there):\n{listed(found)}\n"
+            f"{where}: config.json is not that of {release} (here, there):\n{_listed(found)}\n"
             "Leave out --variant to go by the config.json, or name the variant that it is"
         )
     return _completed(described, release)
@@ -281,11 +276,11 @@ def _published(found: Described, release: str, source: str) -> tuple[Described, 
 
 def _hint(found: Described) -> list[str]:
     """The releases that have this network, where the weights are not known to be those of one."""
-    cfg, every = found.cfg, releases.RELEASES.items()
-    same = [n for n, what in every if not layouts.network_differences(cfg, what.config())]
+    same = layouts.same_network(found.cfg)
     if found.release is not None or not same:
         return []
-    return [f"the network of {', '.join(same)}: --variant NAME if these are its weights"]
+    alike = "".join(f" (and of {a})" for n in same if (a := releases.RELEASES[n].alike))
+    return [f"the network of {', '.join(same)}{alike}: --variant NAME if these are its weights"]
 
 
 def _completed(described: Described, release: str) -> Described:
@@ -299,26 +294,30 @@ def _completed(described: Described, release: str) -> Described:
 
 
 def _detect(tensors: Tensors, layout: Layout, release: str | None, source: str) -> Described:
-    """The release that the tensors of a bare file fit, alone or as `release` says."""
+    """What a bare file holds: `release`, or the network of the only release that it fits.
+
+    Whose weights they are tensors do not tell, and so neither the scaling factor.
+    """
     shapes = {key: info.shape for key, info in tensors.infos.items()}
     if release is not None and not _differences(release, layout, shapes):
         return _released(release, layout)
     ranked = {name: _differences(name, layout, shapes) for name in _expressible(layout)}
     fits = [name for name, found in ranked.items() if not found]
     if release is None and len(fits) == 1:
-        return _released(fits[0], layout)
+        cfg = layouts.with_release(releases.RELEASES[fits[0]].config(), None)
+        return Described(cfg, None, None, layout, {})
     if release is None and fits:
         factors = [f"{n} (scaling factor {_factor(n)})" for n in fits]
         raise UserError(
             f"{source} fits {len(fits)} releases, which differ in weights and scaling factor only:"
-            f"\n{listed(factors)}\nSay which it is with --variant NAME, or give "
+            f"\n{_listed(factors)}\nSay which it is with --variant NAME, or give "
             + ("its folder" if _has_config(source) else "a folder with config.json")
         )
     nearest = release or min(ranked, key=lambda name: len(ranked[name]))
     found = ranked[nearest] if nearest in ranked else _differences(nearest, layout, shapes)
     asked = f"is not {release}" if release else f"fits no release; the nearest is {nearest}"
     mend = f"It fits {', '.join(fits)}" if fits else "A network of your own needs its config.json"
-    raise UserError(f"{source} {asked}; {len(found)} difference(s):\n{listed(found)}\n{mend}")
+    raise UserError(f"{source} {asked}; {len(found)} difference(s):\n{_listed(found)}\n{mend}")
 
 
 def _has_config(source: str) -> bool:
@@ -327,7 +326,7 @@ def _has_config(source: str) -> bool:
 
 def _released(release: str, layout: Layout) -> Described:
     what = releases.RELEASES[release]
-    return Described(what.config(), what.scaling_factor, release, layout)
+    return Described(what.config(), what.scaling_factor, release, layout, {})
 
 
 def _expressible(layout: Layout) -> list[str]:
@@ -346,8 +345,7 @@ def _factor(release: str) -> str:
     return "unknown" if factor is None else f"{factor:g}"
 
 
-def listed(lines: list[str], most: int = 20) -> str:
-    """The lines for a message, no more than `most` of them."""
+def _listed(lines: list[str], most: int = 20) -> str:
     more = [f"... and {len(lines) - most} more"] if len(lines) > most else []
     return "\n".join(f"  - {line}" for line in lines[:most] + more)
 
@@ -358,35 +356,36 @@ def listed(lines: list[str], most: int = 20) -> str:
 def _convert(found: Described, tensors: Tensors, source: str) -> Imported:
     cfg, layout = found.cfg, found.layout
     if problems := cfg.problems():
-        raise UserError(f"the network of {source} cannot be built:\n{listed(problems)}")
+        raise UserError(f"the network of {source} cannot be built:\n{_listed(problems)}")
     shapes = {key: info.shape for key, info in tensors.infos.items()}
     if wrong := names.differences(cfg, layout, shapes):
         which = found.release or "its config.json"
         raise UserError(
             f"{source} does not hold the network of {which} ({len(wrong)} difference(s)):\n"
-            f"{listed(wrong)}"
+            f"{_listed(wrong)}"
         )
     entries = names.table(cfg, layout)
-    dtypes = rounded_dtypes([key for e in entries for key in e.keys], tensors, source)
+    dtypes = _dtypes([key for e in entries for key in e.keys], tensors, source)
     flat = {
         e.path: jax.device_put(names.from_torch(e, [tensors.read(k) for k in e.keys]))
         for e in entries
     }
     counted = [key for key in names.counters(cfg, layout) if key in tensors.infos]
     counters = {key: int(tensors.read(key)) for key in counted}
+    bad = names.not_finite(cfg, layout, flat)
     return Imported(
         cfg, tree.unflatten(flat), found.scaling_factor, found.release, dtypes, counters, source,
-        tensors.notes,
+        tensors.notes + ([bad] if bad else []), found.extra,
     )  # fmt: skip
 
 
-def rounded_dtypes(keys: list[str], tensors: Tensors, source: str) -> dict[str, str]:
+def _dtypes(keys: list[str], tensors: Tensors, source: str) -> dict[str, str]:
     """The dtypes that are not float32; UserError for those that float32 cannot hold exactly."""
     kinds: dict[str, Any] = {key: tensors.infos[key].dtype for key in keys}
-    if wrong := [f"{key}: {dtype}" for key, dtype in kinds.items() if dtype not in DTYPES]:
+    if wrong := [f"{key}: {dtype}" for key, dtype in kinds.items() if dtype.name not in DTYPES]:
         raise UserError(
-            f"{source} has tensors that float32 cannot hold exactly:\n{listed(wrong)}\n"
+            f"{source} has tensors that float32 cannot hold exactly:\n{_listed(wrong)}\n"
             "Convert them first (in PyTorch: tensor.float()); float32, float16 and bfloat16 are "
             "kept as they are"
         )
-    return {key: DTYPES[d] for key, d in kinds.items() if d != np.float32}
+    return {key: d.name for key, d in kinds.items() if d != np.float32}

@@ -5,6 +5,8 @@ field has there; the official repositories' {"model_name": ...}.
 """
 
 import copy
+import math
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from dcae_jax import config as config_lib
@@ -17,6 +19,7 @@ from dcae_jax.models.kl_vae import KLVAEConfig, sd_vae_f8
 from dcae_jax.models.layers import Act, Downsample, Norm, Upsample
 
 CUSTOM = "custom"  # model_name of an official-layout folder whose network is ours to describe
+OWN_WEIGHTS = "own_weights"  # true: model_name is that of the network, and not of the weights
 SD_VAE_FACTOR = 0.18215  # what diffusers takes for an AutoencoderKL whose config has no factor
 
 
@@ -27,33 +30,76 @@ class Described(NamedTuple):
     scaling_factor: float | None
     release: str | None
     layout: Layout
+    extra: dict[str, JSONValue]  # fields that say nothing of the network, to be given back
 
 
-def read(fields: dict[str, JSONValue], where: str) -> Described:
+def read(fields: JSONValue, where: str) -> Described:
     """The network of a config.json; UserError names the field that has no counterpart here."""
+    if not isinstance(fields, dict):
+        raise UserError(f"{where} holds {fields!r:.50}, not the fields of an autoencoder")
     if "model_name" in fields:
-        return _read_official(fields, where)
+        return _read_official(_Fields(fields, where))
     name = fields["_class_name"] if "_class_name" in fields else None
     readers = {"AutoencoderDC": _read_dc, "AutoencoderKL": _read_kl}
-    if name not in readers:
+    if not isinstance(name, str) or name not in readers:
         raise UserError(
             f"{where} describes {name or 'no known class'}; known are diffusers' AutoencoderDC and "
             'AutoencoderKL ("_class_name") and the official {"model_name": ...}. For another '
             "network's folder give the folder of its autoencoder (often vae/)"
         )
-    cfg, factor = readers[name](Fields(fields, where))
-    return Described(cfg, factor, None, Layout.diffusers)
+    cfg, factor = readers[name](_Fields(fields, where))
+    extra = {k: fields[k] for k in _KL_EXTRA if k in fields and name == "AutoencoderKL"}
+    return Described(cfg, factor, None, Layout.diffusers, extra)
 
 
-class Fields:
+class _Type(NamedTuple):
+    """What a field may hold."""
+
+    words: str
+    fits: Callable[[Any], bool]
+
+
+def _list_of(item: _Type) -> _Type:
+    return _Type(
+        f"a list, each {item.words}", lambda v: isinstance(v, list) and all(map(item.fits, v))
+    )
+
+
+_WHOLE = _Type("a whole number", lambda v: type(v) is int)
+_FLAG = _Type("true or false", lambda v: type(v) is bool)
+_ANY = _Type("anything", lambda v: True)
+_TEXT = _Type("a text", lambda v: type(v) is str)
+_WHOLES, _SCALES, _TEXTS = _list_of(_WHOLE), _list_of(_list_of(_WHOLE)), _list_of(_TEXT)
+_STAGES = _Type("a text, or a list of texts", lambda v: _TEXT.fits(v) or _TEXTS.fits(v))
+_FACTOR = _Type(
+    "a positive number (1 / RMS of the latents)",
+    lambda v: type(v) in (int, float) and 0 < v < math.inf,
+)
+
+
+class _Fields:
     """The fields of a config.json with the defaults of its class; mistakes name file and field."""
 
     def __init__(self, fields: dict[str, JSONValue], where: str):
         self._fields, self.where = fields, where
 
-    def get(self, name: str, default: JSONValue) -> JSONValue:
-        """The value of a field, or what its class takes without it."""
-        return self._fields[name] if name in self._fields else default
+    def get(self, name: str, kind: _Type, default: Any) -> Any:
+        """The value of a field; UserError if it is of another kind."""
+        if name not in self._fields:
+            return default
+        value = self._fields[name]
+        if not kind.fits(value):
+            raise UserError(f"{self.where}: {name} = {value!r} is not {kind.words}")
+        return value
+
+    def factor(self, default: float | None) -> float | None:
+        """The scaling factor; null says that it is unknown."""
+        absent = "scaling_factor" in self._fields and self._fields["scaling_factor"] is None
+        return default if absent else self.get("scaling_factor", _FACTOR, default)
+
+    def has(self, name: str) -> bool:
+        """Whether there is such a field."""
+        return name in self._fields
 
     def choose(self, name: str, value: JSONValue, known: dict[Any, Any]) -> Any:
         """What stands for a value of a field; UserError if nothing does."""
@@ -63,12 +109,11 @@ class Fields:
 
     def expect(self, name: str, default: JSONValue, *allowed: JSONValue) -> None:
         """UserError unless the field has one of these values."""
-        value = self.get(name, default)
+        value = self._fields[name] if name in self._fields else default
         if value not in (default, *allowed):
             raise self.refuse(name, value, f"supported is {default!r}")
 
     def refuse(self, name: str, value: JSONValue, why: str) -> UserError:
-        """What to raise for a value that cannot be."""
         return UserError(f"{self.where}: {name} = {value!r} has no counterpart here; {why}")
 
     def check_names(self, known: set[str]) -> None:
@@ -101,39 +146,39 @@ def _per_stage(value: JSONValue, n: int) -> list[JSONValue]:
     return [value] * n if isinstance(value, str) else list(value)
 
 
-def _read_dc(fields: Fields) -> tuple[DCAEConfig, float | None]:
+def _read_dc(fields: _Fields) -> tuple[DCAEConfig, float | None]:
     fields.check_names(_DC_FIELDS)
-    shortcuts = fields.get("encoder_out_shortcut", True)
-    if fields.get("decoder_in_shortcut", True) != shortcuts:
+    shortcuts = fields.get("encoder_out_shortcut", _FLAG, True)
+    if fields.get("decoder_in_shortcut", _FLAG, True) != shortcuts:
         raise fields.refuse("decoder_in_shortcut", not shortcuts, "it must equal that of the out")
-    up = fields.get("upsample_block_type", "pixel_shuffle")
-    down = fields.get("downsample_block_type", "pixel_unshuffle")
-    act = fields.get("decoder_conv_act_fn", "relu")
+    up = fields.get("upsample_block_type", _TEXT, "pixel_shuffle")
+    down = fields.get("downsample_block_type", _TEXT, "pixel_unshuffle")
+    act = fields.get("decoder_conv_act_fn", _TEXT, "relu")
     cfg = DCAEConfig(
-        in_channels=fields.get("in_channels", 3),
-        latent_channels=fields.get("latent_channels", 32),
+        in_channels=fields.get("in_channels", _WHOLE, 3),
+        latent_channels=fields.get("latent_channels", _WHOLE, 32),
         encoder=_read_side(fields, "encoder", [2, 2, 2, 3, 3, 3], "rms_norm", "silu"),
         decoder=_read_side(
-            fields, "decoder", [3] * 6, fields.get("decoder_norm_types", "rms_norm"),
-            fields.get("decoder_act_fns", "silu"),
+            fields, "decoder", [3] * 6, fields.get("decoder_norm_types", _STAGES, "rms_norm"),
+            fields.get("decoder_act_fns", _STAGES, "silu"),
         ),
         # diffusers strides for every value but this one, and shuffles for every one but that.
         downsample=Downsample.conv_unshuffle if down == "pixel_unshuffle" else Downsample.conv,
         upsample=_UPS["interpolate" if up == "interpolate" else "pixel_shuffle"],
         out_act=fields.choose("decoder_conv_act_fn", act, _ACTS),
         latent_shortcuts=shortcuts,
-        head_dim=fields.get("attention_head_dim", 32),
+        head_dim=fields.get("attention_head_dim", _WHOLE, 32),
     )  # fmt: skip
-    return cfg, fields.get("scaling_factor", None)
+    return cfg, fields.factor(None)
 
 
 def _read_side(
-    fields: Fields, side: str, depths: list[int], norms: JSONValue, acts: JSONValue
+    fields: _Fields, side: str, depths: list[int], norms: JSONValue, acts: JSONValue
 ) -> StagesConfig:
-    widths = fields.get(f"{side}_block_out_channels", _W6)
+    widths = fields.get(f"{side}_block_out_channels", _WHOLES, _W6)
     n = len(widths)
-    types = _per_stage(fields.get(f"{side}_block_types", "ResBlock"), n)
-    scales = fields.get(f"{side}_qkv_multiscales", _FIVES)
+    types = _per_stage(fields.get(f"{side}_block_types", _STAGES, "ResBlock"), n)
+    scales = fields.get(f"{side}_qkv_multiscales", _SCALES, _FIVES)
     rows = {"block_types": types, "qkv_multiscales": scales}
     for name, row in rows.items():
         if len(row) != n:
@@ -147,7 +192,7 @@ def _read_side(
     )  # fmt: skip
     return StagesConfig(
         widths=tuple(widths),
-        depths=tuple(fields.get(f"{side}_layers_per_block", depths)),
+        depths=tuple(fields.get(f"{side}_layers_per_block", _WHOLES, depths)),
         blocks=blocks,
         norms=tuple(fields.choose(f"{side}_norm_types", v, _NORMS) for v in _per_stage(norms, n)),
         acts=tuple(fields.choose(f"{side}_act_fns", v, _ACTS) for v in _per_stage(acts, n)),
@@ -207,32 +252,34 @@ _KL_FIELDS = {
     "scaling_factor", "shift_factor", "latents_mean", "latents_std", "force_upcast",
     "use_quant_conv", "use_post_quant_conv", "mid_block_add_attention",
 }  # fmt: skip
+# What only pipelines read: the size that tiling assumes, and whether half precision overflows.
+_KL_EXTRA = ("sample_size", "force_upcast")
 _DOWN, _UP = "DownEncoderBlock2D", "UpDecoderBlock2D"
 
 
-def _read_kl(fields: Fields) -> tuple[KLVAEConfig, float | None]:
+def _read_kl(fields: _Fields) -> tuple[KLVAEConfig, float | None]:
     fields.check_names(_KL_FIELDS)
-    widths = fields.get("block_out_channels", [64])
+    widths = fields.get("block_out_channels", _WHOLES, [64])
     fields.expect("down_block_types", [_DOWN] * len(widths))
     fields.expect("up_block_types", [_UP] * len(widths))
     fields.expect("act_fn", "silu", "swish")
-    fields.expect("out_channels", fields.get("in_channels", 3))
+    fields.expect("out_channels", fields.get("in_channels", _WHOLE, 3))
     # Latents here are scaled by one number; a shift would be lost without a word.
     fields.expect("shift_factor", None, 0, 0.0)
     fields.expect("latents_mean", None)
     fields.expect("latents_std", None)
     cfg = KLVAEConfig(
-        in_channels=fields.get("in_channels", 3),
-        latent_channels=fields.get("latent_channels", 4),
+        in_channels=fields.get("in_channels", _WHOLE, 3),
+        latent_channels=fields.get("latent_channels", _WHOLE, 4),
         widths=tuple(widths),
-        layers_per_block=fields.get("layers_per_block", 1),
-        norm_groups=fields.get("norm_num_groups", 32),
-        mid_attention=fields.get("mid_block_add_attention", True),
-        quant_conv=fields.get("use_quant_conv", True),
-        post_quant_conv=fields.get("use_post_quant_conv", True),
+        layers_per_block=fields.get("layers_per_block", _WHOLE, 1),
+        norm_groups=fields.get("norm_num_groups", _WHOLE, 32),
+        mid_attention=fields.get("mid_block_add_attention", _FLAG, True),
+        quant_conv=fields.get("use_quant_conv", _FLAG, True),
+        post_quant_conv=fields.get("use_post_quant_conv", _FLAG, True),
     )
     known = SD_VAE_FACTOR if not network_differences(cfg, sd_vae_f8()) else None
-    return cfg, fields.get("scaling_factor", known)
+    return cfg, fields.factor(known)
 
 
 def _kl_fields(cfg: KLVAEConfig) -> dict[str, JSONValue]:
@@ -257,28 +304,36 @@ def _kl_fields(cfg: KLVAEConfig) -> dict[str, JSONValue]:
 # ------------------------------------------------------------------------------------- official
 
 
-def _read_official(fields: dict[str, JSONValue], where: str) -> Described:
-    name = fields["model_name"]
-    factor = fields["scaling_factor"] if "scaling_factor" in fields else None
+def _read_official(fields: _Fields) -> Described:
+    name, factor = fields.get("model_name", _TEXT, ""), fields.factor(None)
     if name == CUSTOM:
-        if "dcae_jax" not in fields:
-            raise UserError(f"{where}: a custom model needs its config under the key dcae_jax")
-        cfg = config_lib.from_json(fields["dcae_jax"])
-        if not isinstance(cfg, DCAEConfig):
-            raise UserError(f"{where}: dcae_jax is the config of a {type(cfg).__name__}, no DC-AE")
-        return Described(cfg, factor, None, Layout.official)
-    release, diffusion = releases.named(name), releases.diffusion_named(name)
-    if diffusion is not None:  # its official files hold the autoencoder, too
-        release = releases.DIFFUSION[diffusion].autoencoder
+        return Described(_own_config(fields), factor, None, Layout.official, {})
+    release = releases.named(name)
     if release is None:
         raise UserError(
-            f"{where}: no release is called {name!r}; there are {', '.join(releases.RELEASES)}. "
-            "For other weights of one of these networks change model_name to it"
+            f"{fields.where}: no release is called {name!r}; there are "
+            f"{', '.join(releases.RELEASES)}. For other weights of one of these networks change "
+            "model_name to it"
         )
     found = releases.RELEASES[release]
-    return Described(
-        found.config(), found.scaling_factor if factor is None else factor, release, Layout.official
-    )
+    if fields.get(OWN_WEIGHTS, _FLAG, False):
+        return Described(with_release(found.config(), None), factor, None, Layout.official, {})
+    factor = found.scaling_factor if factor is None else factor
+    return Described(found.config(), factor, release, Layout.official, {})
+
+
+def _own_config(fields: _Fields) -> DCAEConfig:
+    """The network of a folder that this package wrote for itself."""
+    if not fields.has("dcae_jax"):
+        raise UserError(f"{fields.where}: a custom model needs its config under the key dcae_jax")
+    try:
+        cfg = config_lib.from_json(fields.get("dcae_jax", _ANY, None))
+        found = cfg.problems() if isinstance(cfg, DCAEConfig) else [f"it is a {type(cfg).__name__}"]
+    except (TypeError, ValueError, AttributeError, LookupError) as e:
+        found = [f"{type(e).__name__}: {e}"]
+    if found:
+        raise UserError(f"{fields.where}: dcae_jax is no config of a DC-AE ({'; '.join(found)})")
+    return cfg
 
 
 # -------------------------------------------------------------------------------------- writing
@@ -292,29 +347,38 @@ def problems(cfg: AnyConfig, layout: Layout) -> list[str]:
 
 
 def write(
-    cfg: AnyConfig, layout: Layout, scaling_factor: float, release: str | None
-) -> dict[str, JSONValue]:
-    """The config.json of a network; `release`: in the official layout, whose weights they are."""
+    cfg: AnyConfig, layout: Layout, scaling_factor: float, network: str | None,
+    own_weights: bool = False, extra: Mapping[str, JSONValue] | None = None,
+) -> dict[str, JSONValue]:  # fmt: skip
+    """The config.json of a network.
+
+    In the official layout `network` is a release that has it, and `own_weights` says that the
+    weights are not that release's.  `extra`: of `Described`.
+    """
     if found := problems(cfg, layout):
         lines = "\n".join(f"  - {p}" for p in found)
         hint = "" if isinstance(cfg, KLVAEConfig) else "; --to official keeps our own config"
         raise UserError(f"the {layout.value} layout cannot express this network{hint}:\n{lines}")
     if layout is Layout.official:
-        return _official_fields(cfg, scaling_factor, release)
-    kl = isinstance(cfg, KLVAEConfig)
-    fields = _kl_fields(cfg) if kl else _dc_fields(cfg)
-    name = "AutoencoderKL" if kl else "AutoencoderDC"
-    return {"_class_name": name, **fields, "scaling_factor": scaling_factor}
+        return _official_fields(cfg, scaling_factor, network, own_weights)
+    if isinstance(cfg, KLVAEConfig):
+        fields = {"_class_name": "AutoencoderKL", **_kl_fields(cfg), **(extra or {})}
+    else:
+        fields = {"_class_name": "AutoencoderDC", **_dc_fields(cfg)}
+    return {**fields, "scaling_factor": scaling_factor}
 
 
 def _official_fields(
-    cfg: AnyConfig, scaling_factor: float, release: str | None
+    cfg: AnyConfig, scaling_factor: float, network: str | None, own_weights: bool
 ) -> dict[str, JSONValue]:
-    if release is None:
-        own = {"dcae_jax": config_lib.to_json(cfg), "scaling_factor": scaling_factor}
-        return {"model_name": CUSTOM, **own}
-    same = releases.RELEASES[release].scaling_factor == scaling_factor
-    return {"model_name": release, **({} if same else {"scaling_factor": scaling_factor})}
+    factor = {"scaling_factor": scaling_factor}
+    if network is None:
+        return {"model_name": CUSTOM, "dcae_jax": config_lib.to_json(cfg), **factor}
+    what = releases.RELEASES[network]
+    name = {"model_name": what.official}
+    if own_weights:
+        return {**name, OWN_WEIGHTS: True, **factor}
+    return {**name, **({} if what.scaling_factor == scaling_factor else factor)}
 
 
 # ------------------------------------------------------------------------------------- comparing
@@ -351,9 +415,16 @@ def _sides(cfg: DCAEConfig, side: StagesConfig) -> JSONValue:
     }
 
 
-def with_release(cfg: AnyConfig, release: str) -> AnyConfig:
+def same_network(cfg: AnyConfig) -> list[str]:
+    """The releases that have this network."""
+    every = releases.RELEASES.items()
+    return [name for name, what in every if not network_differences(cfg, what.config())]
+
+
+def with_release(cfg: AnyConfig, release: str | None) -> AnyConfig:
     """The config with what only the release tells: whether prefixes of the latent are trained."""
     cfg = copy.deepcopy(cfg)
     if isinstance(cfg, DCAEConfig):
-        cfg.adaptive_channels = releases.RELEASES[release].config().adaptive_channels
+        known = releases.RELEASES[release].config() if release else DCAEConfig()
+        cfg.adaptive_channels = known.adaptive_channels
     return cfg

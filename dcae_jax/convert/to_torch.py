@@ -8,37 +8,36 @@ import io
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from etils import epath
 from jaxtyping import Float
 
 from dcae_jax import tree
-from dcae_jax.convert import layouts, names
+from dcae_jax.config import JSONValue
+from dcae_jax.convert import folder, layouts, names, releases
+from dcae_jax.convert.folder import CONFIG
 from dcae_jax.convert.names import AnyConfig, Entry, Layout
 from dcae_jax.errors import UserError
 from dcae_jax.models.kl_vae import KLVAEConfig
 from dcae_jax.models.layers import Dtype
+from dcae_jax.nets.torch_file import SAFE_DTYPES
 from dcae_jax.tree import Tree
 
 WEIGHTS = {
     Layout.diffusers: "diffusion_pytorch_model.safetensors",
     Layout.official: "model.safetensors",
 }
-PARITY, README, CONFIG = "parity.npz", "README.md", "config.json"
+PARITY, README = "parity.npz", "README.md"
+FILES = (*WEIGHTS.values(), PARITY, README)  # beside config.json
 # In the order in which the safetensors library puts them, widest first: offsets stay aligned.
-DTYPES = {
-    "int64": (np.dtype(np.int64), "I64"),
-    "float32": (np.dtype(np.float32), "F32"),
-    "bfloat16": (np.dtype(ml_dtypes.bfloat16), "BF16"),
-    "float16": (np.dtype(np.float16), "F16"),
-}
+ORDER = ("I64", "F32", "BF16", "F16")
+DTYPES = {SAFE_DTYPES[name].name: (SAFE_DTYPES[name], name) for name in ORDER}
 TOLERANCE = 1e-5  # relative, of latent and reconstruction in float32 on a CPU
 
 
@@ -51,10 +50,18 @@ class Export:
     layout: Layout
     scaling_factor: float
     source: str  # for people: which weights these are
-    release: str | None = None  # whose weights they are, unchanged; None: nobody's
+    release: str | None = None  # whose weights they are, unchanged; None: nobody's, or not known
+    unchanged: bool = False  # the weights are those of an import
+    variant: str | None = None  # a release with this network, which the official code then builds
     dtypes: dict[str, str] | None = None  # of the tensors that are not float32
     counters: dict[str, int] | None = None  # BatchNorm's num_batches_tracked; None: all 0
     dtype: str | None = None  # of every tensor, instead of `dtypes`
+    extra: dict[str, JSONValue] = field(default_factory=dict)  # fields of diffusers' config.json
+
+    @property
+    def network(self) -> str | None:
+        """The release whose name the official config.json gets."""
+        return self.variant or self.release
 
     def dtype_of(self, key: str) -> str:
         """The dtype in which a tensor is written."""
@@ -63,28 +70,31 @@ class Export:
 
 
 def write(export: Export, out: epath.Path) -> None:
-    """Writes the folder; UserError, before anything is written, if it cannot hold this network."""
-    fields = layouts.write(export.cfg, export.layout, export.scaling_factor, export.release)
-    refuse_existing(out)
+    """Writes a new folder; UserError, before anything is written, if it cannot hold this network.
+
+    A command that has work to do before holds `folder.filling` around it, and calls `fill`.
+    """
+    with folder.filling(out, FILES):
+        fill(export, out)
+
+
+def fill(export: Export, out: epath.Path) -> None:
+    """Writes the files, config.json last."""
+    own = export.network != export.release
+    fields = layouts.write(
+        export.cfg, export.layout, export.scaling_factor, export.network, own, export.extra
+    )
     leaves = _rounded(export)
+    rows = _rows(export, leaves)
+    folder.require_room(out, sum(_bytes(row) for row in rows))
     parity = run(export.cfg, tree.unflatten(leaves), example(export.cfg))
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / WEIGHTS[export.layout]).open("wb") as file:
-        write_safetensors(file, _rows(export, leaves))
-    with (out / PARITY).open("wb") as file:
-        np.savez(file, **parity)
-    (out / README).write_text(_readme(export, parity))
-    (out / CONFIG).write_text(json.dumps(fields, indent=2) + "\n")
-
-
-def refuse_existing(out: epath.Path) -> None:
-    """UserError if something is there already: nothing is overwritten."""
-    if out.is_dir() and not any(out.iterdir()):
-        return
-    if out.exists():
-        incomplete = out.is_dir() and not (out / CONFIG).exists()
-        why = "has no config.json: its writer did not finish" if incomplete else "is not empty"
-        raise UserError(f"--out {out} exists and {why}; give a new folder, or remove it first")
+    with folder.writing(out):
+        with (out / WEIGHTS[export.layout]).open("wb") as file:
+            write_safetensors(file, rows)
+        with (out / PARITY).open("wb") as file:
+            np.savez(file, **parity)
+        (out / README).write_text(_readme(export, parity))
+        (out / CONFIG).write_text(json.dumps(fields, indent=2) + "\n")
 
 
 # ------------------------------------------------------------------------------------ safetensors
@@ -97,6 +107,10 @@ class Row(NamedTuple):
     dtype: str
     shape: tuple[int, ...]
     read: Callable[[], np.ndarray]
+
+
+def _bytes(row: Row) -> int:
+    return DTYPES[row.dtype][0].itemsize * math.prod(row.shape)
 
 
 def write_safetensors(file: io.IOBase, rows: list[Row]) -> None:
@@ -119,9 +133,12 @@ def write_header(file: io.IOBase, rows: list[Row]) -> int:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for row in _ordered(rows):
-        dtype, name = DTYPES[row.dtype]
-        start, end = end, end + dtype.itemsize * math.prod(row.shape)
-        header[row.key] = {"dtype": name, "shape": row.shape, "data_offsets": [start, end]}
+        start, end = end, end + _bytes(row)
+        header[row.key] = {
+            "dtype": DTYPES[row.dtype][1],
+            "shape": row.shape,
+            "data_offsets": [start, end],
+        }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     file.write(len(text).to_bytes(8, "little") + text)
@@ -209,8 +226,7 @@ def _readme(export: Export, parity: dict[str, np.ndarray]) -> str:
     lines = [
         f"# Autoencoder f{cfg.factor}c{cfg.latent_channels}, {export.layout.value} layout",
         "",
-        f"Weights: {f'those of {export.release}' if export.release else 'trained'}, written by "
-        "dcae_jax.",
+        f"Weights: {_whose(export)}. Written by dcae_jax.",
         f"Scaling factor: {export.scaling_factor} (1 / RMS of the latents; multiply latents by it "
         "before a diffusion model sees them, divide after).",
         f"Images are in [-1, 1]; their sides are multiples of {cfg.factor}.",
@@ -222,13 +238,39 @@ def _readme(export: Export, parity: dict[str, np.ndarray]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _whose(export: Export) -> str:
+    """Whose weights these are, as far as that is known."""
+    rounded = f", rounded to {export.dtype}" if export.dtype not in (None, "float32") else ""
+    if export.release is not None:
+        found = f"those of {export.release}, unchanged"
+    elif export.unchanged:
+        found = "imported and unchanged; of which release, if of any, is not known"
+    else:
+        found = "trained with dcae_jax"
+    if export.layout is Layout.official and export.network != export.release:
+        return f"{found}{rounded}; not those of {export.network}, which has the same network"
+    return found + rounded
+
+
+def unknown_to_official(export: Export) -> str:
+    """Why the official code does not load this folder, and what to do; "" if it does."""
+    if export.layout is not Layout.official or export.network is not None:
+        return ""
+    why = "the official code builds networks by the names of releases only, and "
+    if same := layouts.same_network(export.cfg):
+        return (
+            f"{why}this folder names none; export with --variant NAME to have it load this one "
+            f"(the network of {', '.join(same)})"
+        )
+    return f"{why}none has this network"
+
+
 def _check(export: Export) -> list[str]:
     """How to see in PyTorch that it agrees."""
-    if export.layout is Layout.official and export.release is None:
+    if why := unknown_to_official(export):
         return [
-            "The official code builds its released networks only, and this is another one: "
-            f"`{CONFIG}` describes it for dcae_jax. To check it in PyTorch, export it "
-            "`--to diffusers`."
+            f"{why[0].upper()}{why[1:]}. `{CONFIG}` describes it for dcae_jax. To check it in "
+            "PyTorch, export it `--to diffusers`."
         ]
     official = export.layout is Layout.official
     claim = (
@@ -237,8 +279,15 @@ def _check(export: Export) -> list[str]:
         else f"The relative errors of PyTorch on a CPU are below {TOLERANCE:g}:"
     )
     kl = isinstance(export.cfg, KLVAEConfig)
-    lines = _CHECK_OFFICIAL if official else _check_diffusers(kl)
+    lines = _check_official(export.network) if official else _check_diffusers(kl)
     return [claim, "", "```python", *lines, *_COMPARE, "```"]
+
+
+def _check_official(release: str) -> list[str]:
+    return [
+        *(_EFFICIENTVIT if release in releases.EFFICIENTVIT else _dc_gen(release)),
+        "encode, decode = lambda x: ae.encode(x.cuda()).cpu(), lambda z: ae.decode(z.cuda()).cpu()",
+    ]
 
 
 def _check_diffusers(kl: bool) -> list[str]:
@@ -255,7 +304,7 @@ def _check_diffusers(kl: bool) -> list[str]:
     ]
 
 
-_CHECK_OFFICIAL = [
+_EFFICIENTVIT = [
     "# with the official code installed: github.com/mit-han-lab/efficientvit",
     "import numpy as np",
     "import torch",
@@ -263,8 +312,26 @@ _CHECK_OFFICIAL = [
     "",
     "torch.backends.cudnn.allow_tf32 = False",
     'ae = DCAE_HF.from_pretrained(".").eval().cuda()',
-    "encode, decode = lambda x: ae.encode(x.cuda()).cpu(), lambda z: ae.decode(z.cuda()).cpu()",
 ]
+
+
+def _dc_gen(release: str) -> list[str]:
+    return [
+        "# with the official code on PYTHONPATH: github.com/dc-ai-projects/DC-Gen (cae2205)",
+        "import numpy as np",
+        "import torch",
+        "from dc_gen.ae_model_zoo import DCAE, create_dc_ae_model_cfg",
+        "from safetensors.torch import load_file",
+        "",
+        "torch.backends.cudnn.allow_tf32 = False",
+        f'cfg = create_dc_ae_model_cfg("{releases.RELEASES[release].official}")',
+        "cfg.pretrained_path = None  # for some networks a file of its own checkout",
+        "ae = DCAE(cfg)",
+        f'ae.load_state_dict(load_file("{WEIGHTS[Layout.official]}"))',
+        "ae = ae.eval().cuda()",
+    ]
+
+
 _COMPARE = [
     "",
     f'ours = {{k: torch.tensor(v).permute(0, 3, 1, 2) for k, v in np.load("{PARITY}").items()}}',

@@ -1,5 +1,6 @@
 """The image files that a user names for a command: found, named apart, read one by one."""
 
+import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -43,13 +44,18 @@ def find(paths: Sequence[str], reserved: Iterable[str] = ()) -> list[ImageFile]:
     found: dict[str, tuple[epath.Path, str]] = {}
     for given in paths:
         for path, name in _below(given, keep_folder=len(paths) > 1):
-            found.setdefault(str(path.resolve() if "://" not in str(path) else path), (path, name))
+            found.setdefault(_identity(path), (path, name))
     if not found:
         raise UserError(
             f"no image in {', '.join(map(str, paths))} (looked in all subfolders for "
             f"{', '.join(sources.IMAGE_SUFFIXES)})"
         )
     return sorted(_named(list(found.values()), reserved), key=lambda file: file.name)
+
+
+def _identity(path: epath.Path) -> str:
+    """Equal for two names of one file, links included."""
+    return str(path) if "://" in str(path) else os.path.realpath(path)
 
 
 def _below(given: str, keep_folder: bool) -> list[tuple[epath.Path, str]]:
@@ -81,11 +87,3 @@ def _named(rows: list[tuple[epath.Path, str]], reserved: Iterable[str]) -> list[
         taken.add(final.lower())
         files.append(ImageFile(path, final))
     return files
-
-
-def new_folder(path: str, option: str) -> epath.Path:
-    """The folder that a command will write into; UserError if it holds anything."""
-    folder = epath.Path(path).expanduser()
-    if folder.exists() and (not folder.is_dir() or any(True for _ in folder.iterdir())):
-        raise UserError(f"{option} {path} is not an empty folder; give a new one, or empty it")
-    return folder

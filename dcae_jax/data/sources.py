@@ -462,14 +462,18 @@ def _keep_sizes(path: epath.Path, values: Sizes) -> None:
         logging.warning("image sizes are not kept for the next run: %s", error)
 
 
-def _walk_images(folder: epath.Path, prefix: str) -> Iterator[str]:
+def _walk_images(folder: epath.Path, prefix: str, above: tuple[str, ...] = ()) -> Iterator[str]:
+    """Linked folders are walked too, but not one that leads back up."""
+    real = str(folder) if "://" in str(folder) else os.path.realpath(folder)
+    if real in above:
+        return
     for path in folder.iterdir():
         if path.name.startswith("."):
             continue
         if path.suffix.lower() in IMAGE_SUFFIXES:
             yield prefix + path.name
         elif path.is_dir():
-            yield from _walk_images(path, f"{prefix}{path.name}/")
+            yield from _walk_images(path, f"{prefix}{path.name}/", (*above, real))
 
 
 def _split_folder(root: epath.Path, split: str, holdout: float) -> epath.Path:

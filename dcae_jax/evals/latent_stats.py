@@ -27,9 +27,11 @@ class LatentStats:
     """Of all latent pixels of `n` images; deviations are about the mean, over all of them."""
 
     n: int
+    pixels: int  # latent pixels
     mean: tuple[float, ...]  # per channel
     std: tuple[float, ...]
     rms: float
+    rms_error: float | None  # standard error of the RMS, images drawn at random; None: one image
 
     @property
     def scaling_factor(self) -> float:
@@ -45,6 +47,7 @@ class Sums:
         self._sum: np.ndarray | float = 0.0
         self._squares: np.ndarray | float = 0.0  # of row means, times the pixels of a row
         self._within: np.ndarray | float = 0.0  # squared deviations from the row means
+        self._means: list[float] = []  # of each image's squared numbers
 
     def add(
         self, rows: Float[np.ndarray, "b h f"], deviations: Float[np.ndarray, "b h f"], width: int
@@ -56,6 +59,8 @@ class Sums:
         self._sum += rows.sum(axis=(0, 1))
         self._squares += np.square(rows).sum(axis=(0, 1)) / width
         self._within += deviations.sum(axis=(0, 1))
+        energy = (np.square(rows) / width + deviations).sum(axis=(1, 2))
+        self._means += (energy / (rows.shape[1] * width * rows.shape[2])).tolist()
 
     def result(self) -> LatentStats:
         """The statistics; UserError if a latent was not finite."""
@@ -71,8 +76,15 @@ class Sums:
         if not rms:
             raise UserError("all latents are zero: is the encoder trained?")
         return LatentStats(
-            self.images, tuple(mean.tolist()), tuple(np.sqrt(variance).tolist()), rms
-        )
+            self.images, self._pixels, tuple(mean.tolist()), tuple(np.sqrt(variance).tolist()), rms,
+            self._rms_error(rms),
+        )  # fmt: skip
+
+    def _rms_error(self, rms: float) -> float | None:
+        """From the spread of the images: the pixels of one image are not independent."""
+        if self.images < 2:
+            return None
+        return float(np.std(self._means, ddof=1) / np.sqrt(self.images) / (2 * rms))
 
 
 def row_sums(

@@ -24,31 +24,30 @@ from etils import epath
 from dcae_jax.errors import UserError
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
-_DTYPES = {
-    "DoubleStorage": np.dtype(np.float64),
-    "FloatStorage": np.dtype(np.float32),
-    "HalfStorage": np.dtype(np.float16),
-    "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
-    "LongStorage": np.dtype(np.int64),
-    "IntStorage": np.dtype(np.int32),
-    "ShortStorage": np.dtype(np.int16),
-    "CharStorage": np.dtype(np.int8),
-    "ByteStorage": np.dtype(np.uint8),
-    "BoolStorage": np.dtype(np.bool_),
-}
-# Names of safetensors' dtypes.
-SAFE_DTYPES = {
-    "F64": np.dtype(np.float64),
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "I64": np.dtype(np.int64),
-    "I32": np.dtype(np.int32),
-    "I16": np.dtype(np.int16),
-    "I8": np.dtype(np.int8),
-    "U8": np.dtype(np.uint8),
-    "BOOL": np.dtype(np.bool_),
-}
+
+
+class _Type(NamedTuple):
+    """A dtype and how the formats call it."""
+
+    dtype: np.dtype
+    safe: str  # in safetensors
+    storage: str  # in pickles
+
+
+_TYPES = (
+    _Type(np.dtype(np.float64), "F64", "DoubleStorage"),
+    _Type(np.dtype(np.float32), "F32", "FloatStorage"),
+    _Type(np.dtype(np.float16), "F16", "HalfStorage"),
+    _Type(np.dtype(ml_dtypes.bfloat16), "BF16", "BFloat16Storage"),
+    _Type(np.dtype(np.int64), "I64", "LongStorage"),
+    _Type(np.dtype(np.int32), "I32", "IntStorage"),
+    _Type(np.dtype(np.int16), "I16", "ShortStorage"),
+    _Type(np.dtype(np.int8), "I8", "CharStorage"),
+    _Type(np.dtype(np.uint8), "U8", "ByteStorage"),
+    _Type(np.dtype(np.bool_), "BOOL", "BoolStorage"),
+)
+SAFE_DTYPES = {row.safe: row.dtype for row in _TYPES}  # by safetensors' names
+_DTYPES = {row.storage: row.dtype for row in _TYPES}
 
 
 class Info(NamedTuple):
@@ -237,7 +236,7 @@ def _tensor_dicts(pickled: _Pickled) -> dict[str, dict[str, Any]]:
     value = pickled.value
     if not isinstance(value, dict):
         raise ValueError(f"holds a {type(value).__name__}, not a dict of tensors")
-    places = {k: value[k] for k in ("state_dict", "model_state_dict", "model", "ema") if k in value}
+    places = {k: value[k] for k in ("state_dict", "model_state_dict") if k in value}
     if "ema" in value and isinstance(value["ema"], dict):
         places |= {f"ema/{k}": v for k, v in value["ema"].items()}
     found = {
@@ -302,12 +301,8 @@ class _Unknown(pickle.UnpicklingError):
     """The pickle asks for a class that is not needed for tensors."""
 
 
-class _Settings:
-    """Stands for an argparse.Namespace, in which trainers keep their options; nobody reads it."""
-
-
 class _Unpickler(pickle.Unpickler):
-    """Knows ordered dicts, tensors, parameters and options; refuses every other global."""
+    """Knows ordered dicts, tensors and parameters; refuses every other global."""
 
     def __init__(self, file: io.IOBase):
         super().__init__(file)
@@ -316,7 +311,6 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         known = {
             ("collections", "OrderedDict"): collections.OrderedDict,
-            ("argparse", "Namespace"): _Settings,
             ("torch._utils", "_rebuild_tensor"): _Tensor,
             ("torch._utils", "_rebuild_tensor_v2"): lambda *args: _Tensor(*args[:4]),
             ("torch._utils", "_rebuild_parameter"): lambda data, *_: data,

@@ -3,13 +3,14 @@
 Callers give the same images at each step, so that one run's grids compare.
 """
 
+import functools
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import UInt8
 
 Picture = UInt8[np.ndarray, "_ _ 3"]  # of any size: pictures of one call may differ
 
@@ -23,13 +24,10 @@ def to_png(array: UInt8[np.ndarray, "h w c"]) -> bytes:
     from PIL import Image
 
     buffer = io.BytesIO()
-    Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array).save(buffer, format="PNG")
+    image = Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array)
+    # Of photographs level 1 is 2 to 20 times as fast as the default and 7 to 23 % larger.
+    image.save(buffer, format="PNG", compress_level=1)
     return buffer.getvalue()
-
-
-def to_uint8(x: Float[np.ndarray, "*b h w 3"]) -> UInt8[np.ndarray, "*b h w 3"]:
-    """[-1,1] to 0..255, clipped and rounded."""
-    return np.round(np.clip((x + 1) * 127.5, 0, 255)).astype(np.uint8)
 
 
 def error_map(
@@ -149,13 +147,20 @@ def _paste(canvas: Picture, image: Picture, corner: tuple[int, int], cell: tuple
     canvas[top : top + image.shape[0], left : left + image.shape[1]] = image
 
 
+@functools.cache
+def _font(size: int) -> Any:
+    """DejaVu Sans, which matplotlib brings: Pillow's own has little more than ASCII."""
+    import matplotlib
+    from PIL import ImageFont
+
+    return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", size)
+
+
 class _Text:
     """Lines of text with their measured size."""
 
     def __init__(self, text: str, size: int, wrap: int | None = None) -> None:
-        from PIL import ImageFont
-
-        self.font: Any = ImageFont.load_default(size)
+        self.font: Any = _font(size)
         self.lines = [line for given in text.split("\n") for line in self._wrapped(given, wrap)]
         self.line_height = round(1.3 * size)
         self.width = max((self._width(line) for line in self.lines), default=0)

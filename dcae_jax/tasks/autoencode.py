@@ -227,10 +227,10 @@ class AutoencodeTask:
                 stats["lecam"] = {"real": jnp.zeros(()), "fake": jnp.zeros(())}
         return params, stats
 
-    def constants(self) -> Tree:
+    def constants(self, training: bool) -> Tree:
         """The LPIPS network, if its loss is used."""
         losses = self.cfg.losses
-        return {"lpips": lpips.load(losses.lpips_file)} if losses.lpips else {}
+        return {"lpips": lpips.load(losses.lpips_file)} if training and losses.lpips else {}
 
     def abstract_constants(self) -> Tree:
         """Shapes of `constants`, without the file."""

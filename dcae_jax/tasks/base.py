@@ -69,8 +69,8 @@ class Task(Protocol):
         """(params, stats), e.g. params {"ae": ..., "disc": ...}; fp32."""
         ...
 
-    def constants(self) -> Tree:
-        """Frozen networks, loaded from their files."""
+    def constants(self, training: bool) -> Tree:
+        """Frozen networks, loaded from their files; not `training`: those of `predict` alone."""
         ...
 
     def abstract_constants(self) -> Tree:

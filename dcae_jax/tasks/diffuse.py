@@ -135,7 +135,7 @@ class DiffuseTask:
         cond = {"label": jnp.zeros((1,), jnp.int32)}
         return {"net": self.net.init(key, x, jnp.zeros((1,)), cond)["params"]}, {}
 
-    def constants(self) -> Tree:
+    def constants(self, training: bool) -> Tree:
         """The normalisation, from the manifest of the cache; UserError if that does not fit."""
         return {"norm": normalisation(self.cfg.latent_norm, self._manifest())}
 

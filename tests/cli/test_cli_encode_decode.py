@@ -12,6 +12,7 @@ from PIL import Image
 
 from dcae_jax import autoencoder
 from dcae_jax.config import InitWeights
+from dcae_jax.errors import UserError
 
 
 def pngs(folder) -> dict[str, bytes]:
@@ -143,3 +144,37 @@ def test_a_grid_of_sizes_comes_back_exactly(command, workdir, tmp_path) -> None:
     for path in folder.iterdir():
         with Image.open(path) as a, Image.open(tmp_path / "out" / path.name) as b:
             assert a.size == b.size
+
+
+def test_the_origin_of_the_factor_is_told(command, workdir, images, tmp_path) -> None:
+    given = ["--images", images / "plain.png", "--out", tmp_path / "z.safetensors"]
+    _, said, _ = command("encode", "--from", workdir, *given)
+    assert f"scaling factor unknown (no latent_stats.json in {workdir})" in said
+
+
+def test_a_latent_that_is_not_finite_is_the_file_s_fault(
+    command, workdir, images, tmp_path
+) -> None:
+    z = tmp_path / "z.safetensors"
+    command("encode", "--from", workdir, "--images", images / "plain.png", "--out", z)
+    with safetensors.safe_open(z, framework="np") as file:
+        metadata, latent = file.metadata(), file.get_tensor("plain").copy()
+    latent[0, 0, 0] = np.nan
+    safetensors.numpy.save_file({"plain": latent}, z, metadata=metadata)
+    code, _, complaints = command(
+        "decode", "--from", workdir, "--latents", z, "--out", tmp_path / "out"
+    )
+    assert code == 2 and f"{z}: the latent of 'plain'" in complaints
+
+
+def test_the_part_of_a_training_checkpoint_is_asked_for(command, images, monkeypatch) -> None:
+    seen = []
+
+    def load(source, variant, part, also):
+        seen.append((source, variant, part))
+        raise UserError("as far as this test goes")
+
+    monkeypatch.setattr(autoencoder.from_torch, "load", load)
+    given = ["--images", images / "plain.png", "--out", images / "z.safetensors"]
+    code, *_ = command("encode", "--from", "x.pth", "--part", "ema", "--variant", "v", *given)
+    assert code == 2 and seen == [("x.pth", "v", "ema")]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dcae_jax import autoencoder
+from dcae_jax import autoencoder, checkpoint
 from dcae_jax.config import InitWeights
 from dcae_jax.data import pipeline, transforms
 
@@ -99,19 +99,74 @@ def test_channels_of_unequal_scale_are_told() -> None:
     from dcae_jax.cli import latent_stats
     from dcae_jax.evals.latent_stats import LatentStats
 
-    equal = LatentStats(n=1, mean=(0.0, 1.0), std=(1.0, 2.0), rms=1.5)
-    assert "warning" not in latent_stats.table(equal)
-    one = LatentStats(n=1, mean=(0.0, 1.0, 0.0), std=(1.0, 0.01, 0.5), rms=1.5)
-    assert "warning: 1 channel(s)" in latent_stats.table(one)
+    def table(std: tuple[float, ...], pixels: int = 10**6) -> str:
+        mean = (0.0,) * len(std)
+        return latent_stats.table(LatentStats(9, pixels, mean, std, rms=1.5, rms_error=0.25))
+
+    assert "warning" not in table((1.0, 2.0))
+    assert "1.5 +- 0.25   (standard error, 9 image(s), 1000000 latent pixels)" in table((1.0, 2.0))
+    assert "warning: 1 channel(s)" in table((1.0, 0.01, 0.5))
+    assert "warning: 128 latent pixels are few" in table((1.0, 2.0), pixels=128)
+
+
+def test_an_import_keeps_its_factor_and_both_are_told(command, own, folder, monkeypatch) -> None:
+    encoder = autoencoder.load(str(own)).encoder
+    given = ["latent-stats", "--from", own, "--images", folder, "--resolution", 32]
+    assert "note:" not in command(*given)[1]
+    origin = autoencoder.Origin("name", 0.5, "a file", {}, {}, encoder)
+    newest = checkpoint.newest_meta
+    monkeypatch.setattr(
+        checkpoint, "newest_meta", lambda w: {**newest(w), "autoencoder": origin.to_json()}
+    )
+    code, said, _ = command(*given)
+    measured = json.loads((own / "latent_stats.json").read_text())["scaling_factor"]
+    assert code == 0 and measured != 0.5
+    assert f"stays 0.5 (recorded by the import in {own}; not" in said
+    assert f"not the {measured:.6g} measured here" in said and "export --scaling-factor" in said
+
+
+def test_damaged_statistics_are_replaced_only_by_force(command, own, folder) -> None:
+    (own / "latent_stats.json").write_text('{"rms":')
+    given = ["latent-stats", "--from", own, "--images", folder, "--resolution", 32]
+    code, _, complaints = command(*given)
+    assert code == 2 and "is damaged" in complaints
+    assert command(*given, "--force")[0] == 0
+    assert json.loads((own / "latent_stats.json").read_text())["n"] == 5
+
+
+def test_bad_images_are_told_in_options_of_this_command(command, own, folder) -> None:
+    (folder / "bad.png").write_text("x")
+    Image.fromarray(networks.picture(20, 24)).save(folder / "small.png")
+    given = ["latent-stats", "--from", own, "--images", folder, "--resolution", 32]
+    code, _, complaints = command(*given)
+    assert code == 2 and "bad.png" in complaints and "data.m" not in complaints
+    assert "--min-size" in complaints and "--max-bad-fraction" in complaints
+    code, said, _ = command(*given, "--max-bad-fraction", 0.5, "--n", 7)
+    assert code == 0 and "7/7 images" in said
+    code, said, _ = command(*given, "--min-size", 32, "--force", "--max-bad-fraction", 0.3)
+    assert code == 0 and "6/6 images" in said, "the small one is left out"
+    (folder / "bad.png").unlink()
+    pipeline._OPEN.clear()  # as in a new process: folders are listed once
+    code, _, complaints = command(*given, "--min-size", 99)
+    assert code == 2 and "(--min-size or" in complaints
+
+
+def test_wrong_numbers_are_told_before_anything_is_read(command, own, folder) -> None:
+    (own / "latent_stats.json").write_text('{"rms":')  # nor is this looked at
+    code, said, complaints = command(
+        "latent-stats", "--from", own, "--images", folder, "--n", -3, "--batch", 0,
+        "--resolution", 0, "--min-size", -1, "--max-bad-fraction", 2,
+    )  # fmt: skip
+    assert code == 2 and not said and len(complaints.splitlines()) == 5, complaints
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (("--resolution", 30), "--resolution 30 is not a multiple"),
-        (("--n", 6), "which has 5"),
-        (("--n", -1), "n=-1"),
-        (("--batch", 0), "batch=0"),
+        (("--n", 6), "--n 6: the data have 5 images"),
+        (("--n", -1), "--n -1"),
+        (("--batch", 0), "--batch 0 must be at least 1"),
         (("--images", "nowhere"), "is not a folder"),
         (("--from", "nowhere"), "nowhere does not exist"),
     ],

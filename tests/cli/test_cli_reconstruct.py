@@ -150,7 +150,7 @@ def test_devices_that_share_the_height_change_nothing(command, workdir, tmp_path
     [
         (("--images", "nowhere.png"), "nowhere.png: no such file or folder"),
         (
-            ("--tile", 30, "--overlap", 18),
+            ("--tile", 30, "--overlap", 10),
             "--tile 30 is not a multiple of the auto",
         ),
         (("--tile", 32, "--overlap", 20), "--overlap 20 is more than half"),
@@ -199,3 +199,81 @@ def test_many_images_show_some_in_the_grid(command, workdir, tmp_path, monkeypat
     assert code == 0
     height, width, _ = pixels(tmp_path / "o" / "grid.png").shape
     assert height < 200 and width < 700, "scaled down, names cut"
+
+
+def test_bad_images_take_no_place_in_the_grid(command, workdir, tmp_path, monkeypatch) -> None:
+    from dcae_jax.cli import reconstruct
+
+    monkeypatch.setattr(reconstruct, "_SHOWN", 2)
+    shown = []
+    write = reconstruct._write_grid
+    monkeypatch.setattr(
+        reconstruct, "_write_grid", lambda *args: (shown.append(set(args[2])), write(*args))
+    )
+    for i in range(3):
+        (tmp_path / f"a{i}.png").write_text("x")
+    for name, side in (("c", 8), ("d", 9), ("e", 10), ("b", 30)):  # read by size, b last
+        Image.fromarray(networks.picture(side, side)).save(tmp_path / f"{name}.png")
+    code, said, _ = command(
+        "reconstruct", "--from", workdir, "--images", tmp_path, "--out", tmp_path / "o"
+    )
+    assert code == 1 and "4 reconstructions" in said and shown == [{"b", "c"}]
+    assert (tmp_path / "o" / "grid.png").exists()
+
+
+def test_small_images_are_enlarged_in_the_grid(monkeypatch) -> None:
+    from dcae_jax.cli import reconstruct
+
+    monkeypatch.setattr(reconstruct, "_CELL", 40)
+    image = networks.picture(12, 9)
+    cells = reconstruct._cells(image, image)
+    np.testing.assert_array_equal(cells[0], image.repeat(3, axis=0).repeat(3, axis=1))
+    assert [cell.shape for cell in cells] == [(36, 27, 3)] * 3
+    assert reconstruct._cells(networks.picture(60, 30), networks.picture(60, 30))[0].shape[0] == 40
+
+
+def test_seams_above_twice_the_rest_are_told(capsys) -> None:
+    from dcae_jax.cli import reconstruct
+
+    def row(name: str, seam: float) -> dict:
+        return {"name": name, "tiled_against_untiled": {"seam": seam, "interior": 1.0}}
+
+    whole = {"name": "whole", "tiled_against_untiled": None}
+    reconstruct._warn_of_seams([row("a", 1.9), whole])
+    reconstruct._warn_of_seams([{"name": "not compared"}])
+    assert not capsys.readouterr().out
+    reconstruct._warn_of_seams([row("a", 1.9), whole, row("b", 2.1)])
+    said = capsys.readouterr().out
+    assert "in 1 of 2 images" in said and "(b)" in said and "--tile" in said
+
+
+def test_two_commands_do_not_share_a_folder(command, workdir, images, tmp_path) -> None:
+    from dcae_jax import outputs
+    from dcae_jax.data import files
+
+    out = files.epath.Path(tmp_path / "out")
+    given = ["reconstruct", "--from", workdir, "--images", images / "plain.png", "--out", out]
+    with outputs.claimed(out, "--out"):
+        code, _, complaints = command(*given)
+    assert code == 2 and "in use by another command" in complaints
+    assert list(out.iterdir()) == []
+
+
+def test_a_full_disk_is_one_sentence(command, workdir, images, tmp_path, monkeypatch) -> None:
+    """One file meets the kernel's own full disk."""
+    from dcae_jax import outputs
+
+    write = outputs.write
+
+    def fill(path, data):
+        if path.name == "turned.png":
+            with outputs.opened(path) as file, open("/dev/full", "wb", buffering=0) as full:
+                file.write(data[:100])
+                full.write(data)
+        write(path, data)
+
+    monkeypatch.setattr(outputs, "write", fill)
+    given = ["--images", images / "plain.png", images / "turned.jpg", "--out", tmp_path / "o"]
+    code, _, complaints = command("reconstruct", "--from", workdir, *given)
+    assert code == 2 and "turned.png could not be written: No space left" in complaints
+    assert [p.name for p in (tmp_path / "o").iterdir()] == ["plain.png"]

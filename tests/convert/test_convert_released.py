@@ -64,7 +64,8 @@ def test_an_import_is_evaluated_fine_tuned_and_exported_with_its_factor(work, tm
     evaluation = runs.make_config("phase1", **{"task.model": model})
     with runs.devices(1):
         assert train.evaluate(evaluation, str(tmp_path / "work"), runs.StopAt()) == train.DONE
-    scores = json.loads((tmp_path / "work" / "eval" / "000000000.json").read_text())
+    (path,) = (tmp_path / "work" / "eval").glob("000000000-*.json")
+    scores = json.loads(path.read_text())["scores"]
     changes = {
         "task.model": model, "task.trainable": recipes.head(model), "init_from": str(work),
         "steps": 2,
@@ -125,6 +126,9 @@ def test_arguments_of_the_config():
     assert flags.load("configs/released.py:phase3").name == "dc-ae-f32c32-in-1.0 phase3"
     mix = flags.load("configs/released.py:dc-ae-f64c128-mix-1.0")
     assert mix.name == "dc-ae-f64c128-mix-1.0 phase1" and mix.task.model.factor == 64
+    same = flags.load("configs/released.py:dc-ae-f64c128-mix-1.0:phase2")  # as launch/ writes it
+    assert same.name == "dc-ae-f64c128-mix-1.0 phase2"
+    assert flags.load("configs/released.py:").name == flags.load("configs/released.py").name
     for wrong in ("phase4", "dc-ae-f32c33", "phase1,phase2", "a,b,c"):
         with pytest.raises(UserError, match="phase1, phase2, phase3"):
             flags.load(f"configs/released.py:{wrong}")

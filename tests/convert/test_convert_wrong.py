@@ -1,5 +1,6 @@
 """What cannot be imported or exported is refused in one sentence, and nothing is written."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -14,6 +15,7 @@ import pytest
 import safetensors.numpy
 from etils import epath
 
+from dcae_jax import autoencoder
 from dcae_jax.convert import from_torch, layouts, names, releases, verify
 from dcae_jax.convert.names import Layout
 from dcae_jax.errors import UserError
@@ -109,12 +111,18 @@ def test_folders_without_config_or_weights(folder, tmp_path):
     (tmp_path / "config.json").rename(folder / "vae" / "config.json")
     refused_import(folder, match="its autoencoder is in vae/")
     refused_import(folder / "vae", match="holds no weights")
-    refused_import(tmp_path / "nothing", match="does not exist; give a workdir, a folder")
+    refused_import(folder / "vae" / "config.json", match="give the folder that it describes")
+    describe(folder / "vae", _class_name="UNet2DConditionModel")
+    refused_import(folder / "vae", match="describes UNet2DConditionModel")
+    refused_import(tmp_path / "nothing", match="does not exist; give a folder")
+    with pytest.raises(UserError, match="does not exist; give a workdir, a folder"):
+        autoencoder.load(str(tmp_path / "nothing"))
 
 
 def test_other_networks_are_named(folder):
     describe(folder, _class_name="UNet2DModel")
     refused_import(folder, match="describes UNet2DModel")
+    describe(folder, _class_name="AutoencoderDC")
     change(folder, lambda s: [s.update({f"net.{k}": s.pop(k)}) for k in list(s)])
     refused_import(folder, match="holds no autoencoder that is known: its tensors are called net")
 
@@ -149,6 +157,82 @@ def test_fields_of_a_kl_autoencoder(tmp_path, fields, why):
     shutil.copytree(FILES / "kl", tmp_path / "kl")
     describe(tmp_path / "kl", **fields)
     refused_import(tmp_path / "kl", match=why)
+
+
+# Of every kind that JSON has, and numbers that are no sizes and no factors.
+JUNK = (
+    None, True, "x", "", 5, -1, 0, 1.5, [], {}, [None], ["x"], [5], [[]], [[5]], [["x"]], [{}],
+    float("nan"), float("inf"), -2.0, [0, 0, 0], [-4, 4, 8], [4, 4, 8, 8],
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["dc", "kl"])
+def test_no_value_of_any_field_ends_in_a_traceback(name):
+    """Each is taken, or refused as the user mistake that it is."""
+    own = json.loads((FILES / name / "config.json").read_text())
+    refusals = 0
+    for key in own:
+        for value in JUNK:
+            try:
+                found = layouts.read(own | {key: value}, "config.json")
+                if not found.cfg.problems():
+                    names.table(found.cfg, Layout.diffusers)
+            except UserError as e:
+                refusals += 1
+                assert "config.json" in str(e)
+    assert refusals > 150
+
+
+@pytest.mark.parametrize("value", [0, -0.3, "abc", float("nan"), float("inf"), True, [0.3]])
+def test_a_scaling_factor_is_a_positive_number(folder, value):
+    describe(folder, scaling_factor=value)
+    refused_import(folder, match=r"scaling_factor = .* is not a positive number")
+    (folder / "config.json").write_text(
+        json.dumps({"model_name": "dc-ae-f32c32-in-1.0", "scaling_factor": value})
+    )
+    refused_import(folder, match=r"scaling_factor = .* is not a positive number")
+
+
+@pytest.mark.parametrize("text", ["null", "5", "[1]", '"x"'])
+def test_a_config_json_without_fields(folder, text):
+    (folder / "config.json").write_text(text)
+    refused_import(folder, match=r"config\.json holds .*, not the fields of an autoencoder")
+
+
+@pytest.mark.parametrize("own", [5, None, {}, {"class": 3}, {"class": "dcae_jax.models.dcae:X"}])
+def test_a_custom_model_that_is_none(folder, own):
+    text = json.dumps({"model_name": "custom", "dcae_jax": own})
+    (folder / "config.json").write_text(text)
+    refused_import(folder, match="no config of a DC-AE|no config class")
+
+
+def test_values_of_a_custom_model_are_checked(folder):
+    cfg = layouts.config_lib.to_json(narrow.every()["dc-ae-f32c32-in-1.0"])
+    for key in cfg.keys() - {"class"}:
+        for value in (None, "x", [], {}, 1.5):
+            text = json.dumps({"model_name": "custom", "dcae_jax": cfg | {key: value}})
+            (folder / "config.json").write_text(text)
+            with pytest.raises(UserError):
+                from_torch.load(str(folder))
+
+
+def test_weights_with_nan_are_taken_with_a_warning(folder, tmp_path, capsys):
+    def edit(state):
+        state["decoder.conv_in.bias"][2] = np.nan
+        state["encoder.conv_out.weight"][0, 0, 0, 0] = np.inf
+
+    change(folder, edit)
+    assert narrow.command("import", "--from", folder, "--out", tmp_path / "work") == 0
+    warning = "WARNING: NaN or infinity in 2 tensor(s); the first is "
+    told = capsys.readouterr().out
+    assert f"{warning}decoder.conv_in.bias" in told or f"{warning}encoder.conv_out.weight" in told
+    out = ("--to", "diffusers", "--out", tmp_path / "out")
+    narrow.command("export", "--workdir", FILES / "dc", *out)
+    assert "WARNING" not in capsys.readouterr().out
+    export = ("export", "--workdir", tmp_path / "work", "--to", "official", "--out", tmp_path / "b")
+    with contextlib.suppress(UserError):  # of PyTorch where it is installed
+        narrow.command(*export)
+    assert warning in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------------------------- pickles
@@ -199,11 +283,43 @@ def described(tmp_path, release, layout, named=None):
         return from_torch._describe(None, tensors, named, str(path))
 
 
-@pytest.mark.parametrize("layout", names.AUTOENCODER_LAYOUTS)
-def test_a_bare_file_that_fits_one_release_is_that(tmp_path, layout):
-    found = described(tmp_path, "dc-ae-1.5-f64c128", layout)
-    assert found.release == "dc-ae-1.5-f64c128" and found.scaling_factor == 0.5935
-    assert found.cfg.adaptive_channels and found.layout is layout
+@pytest.mark.parametrize("layout", list(Layout))
+def test_a_bare_file_that_fits_one_release_has_its_network_but_perhaps_other_weights(
+    tmp_path, layout
+):
+    release = "dc-ae-1.5-f64c128"
+    found = described(tmp_path, release, layout)
+    assert found.release is None and found.scaling_factor is None and found.layout is layout
+    assert not layouts.network_differences(found.cfg, releases.RELEASES[release].config())
+    assert not found.cfg.adaptive_channels, "which is a property of the release"
+    assert from_torch._hint(found) == [f"the network of {release}: --variant NAME {THESE}"]
+    found = described(tmp_path, release, layout, named=release)
+    assert found.release == release and found.scaling_factor == 0.5935
+    assert found.cfg.adaptive_channels and not from_torch._hint(found)
+
+
+THESE = "if these are its weights"
+
+
+def test_a_bare_file_like_sd_vae_gets_no_factor_since_that_of_sdxl_is_another(
+    tmp_path, monkeypatch, capsys
+):
+    """SDXL's VAE has the keys and shapes of SD-VAE; stabilityai/sdxl-vae states 0.13025."""
+    own = releases.RELEASES["sd-vae-f8"]
+    cfg = from_torch.load(str(FILES / "kl")).cfg  # as the network of that release, but narrow
+    monkeypatch.setitem(releases.RELEASES, "sd-vae-f8", own._replace(config=lambda: cfg))
+    source = FILES / "kl" / WEIGHTS
+    assert narrow.command("import", "--from", source, "--out", tmp_path / "a") == 0
+    told = capsys.readouterr().out
+    assert "no known release" in told and "scaling factor unknown" in told
+    assert "network of sd-vae-f8 (and of SDXL's VAE, scaling factor 0.13025)" in told
+    record = json.loads((tmp_path / "a" / "config.json").read_text())["autoencoder"]
+    assert record["release"] is None and record["scaling_factor"] is None
+    to = ("--to", "diffusers", "--out", tmp_path / "out")
+    refused("export", "--workdir", tmp_path / "a", *to, match="(?s)unknown.*measure it")
+    more = ("--variant", "sd-vae-f8")
+    assert narrow.command("import", "--from", source, "--out", tmp_path / "b", *more) == 0
+    assert "kl" in str(source) and "scaling factor 0.18215" in capsys.readouterr().out
 
 
 def test_the_variant_decides_what_the_tensors_leave_open(tmp_path):

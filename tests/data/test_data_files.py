@@ -74,10 +74,11 @@ def test_mistakes(tmp_path) -> None:
     assert error.value.reason is Reason.unreadable and found.size() == (0, 0)
 
 
-def test_only_an_empty_folder_is_written_into(tmp_path) -> None:
-    assert files.new_folder(str(tmp_path / "new"), "--out").name == "new"
-    assert files.new_folder(str(tmp_path), "--out") is not None
-    (tmp_path / "file").write_text("x")
-    for path in (tmp_path, tmp_path / "file"):
-        with pytest.raises(UserError, match=r"--out .* is not an empty folder"):
-            files.new_folder(str(path), "--out")
+def test_links_are_walked_once_and_do_not_lead_in_circles(tmp_path) -> None:
+    put(tmp_path / "set" / "a" / "x.png")
+    put(tmp_path / "elsewhere" / "y.png")
+    (tmp_path / "set" / "a" / "loop").symlink_to("..")
+    (tmp_path / "set" / "b").symlink_to("a")
+    (tmp_path / "set" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "set" / "z.png").symlink_to(tmp_path / "elsewhere" / "y.png")
+    assert names(tmp_path / "set") == ["a/x", "linked/y"]

@@ -52,6 +52,10 @@ def check(found, z: np.ndarray) -> None:
     assert found.scaling_factor == pytest.approx(1 / np.sqrt(np.mean(z**2)), rel=1e-6)
     scale = z.std(axis=(0, 1, 2))
     np.testing.assert_allclose(found.std, scale, rtol=1e-6)
+    assert found.pixels == z[..., 0].size
+    means = np.square(z).mean(axis=(1, 2, 3))  # the images are the independent draws
+    error = means.std(ddof=1) / np.sqrt(len(z)) / (2 * np.sqrt(means.mean()))
+    assert found.rms_error == pytest.approx(error, rel=1e-4)  # a difference of near numbers
     # A mean may be near zero: 1e-6 of what is added up.
     size = np.abs(z).mean(axis=(0, 1, 2))
     assert (np.abs(np.array(found.mean) - z.mean(axis=(0, 1, 2))) <= 1e-6 * size).all()
@@ -112,6 +116,25 @@ def test_closed_form() -> None:
     found = sums.result()
     assert found.mean == (3, 0) and found.std == (0, 1)
     assert found.rms == pytest.approx(np.sqrt((9 + 1) / 2), rel=1e-12)
+    assert found.pixels == 24 and found.rms_error == 0  # both images have the same squares
+    z = z[:1]
+    sums = Sums()
+    sums.add(*map(np.asarray, latent_stats.row_sums(jnp.asarray(z))), 4)
+    assert sums.result().rms_error is None
+
+
+def test_the_standard_error_is_how_far_draws_scatter() -> None:
+    gen = np.random.default_rng(0)
+    found = []
+    for _ in range(200):
+        scale = gen.uniform(0.5, 1.5, (40, 1, 1, 1))  # images differ more than their pixels
+        z = (scale * gen.normal(size=(40, 4, 4, 2))).astype(np.float32)
+        sums = Sums()
+        sums.add(*map(np.asarray, latent_stats.row_sums(jnp.asarray(z))), 4)
+        found.append(sums.result())
+    scatter = np.std([each.rms for each in found])
+    # 200 draws give their scatter to 1 / sqrt(400) = 5 %: three times that.
+    assert np.mean([each.rms_error for each in found]) == pytest.approx(scatter, rel=0.15)
 
 
 def test_what_cannot_be_measured_is_said() -> None:

@@ -10,11 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import runs
+import tiny
 from etils import epath
 
-from dcae_jax import checkpoint, config, step, train
+from dcae_jax import checkpoint, config, rng, step, train
 from dcae_jax.config import CheckpointConfig
 from dcae_jax.errors import UserError
+from dcae_jax.models.layers import Norm
 
 ITEMS = ("params", "ema", "opt", "stats", "meta")
 
@@ -25,8 +27,6 @@ def saved(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("damage") / "run"
     cfg = runs.make_config("gan", init_from="somewhere")
     task = cfg.task.build(cfg)
-    from dcae_jax import rng
-
     state = jax.jit(lambda: step.init_state(task, cfg, rng.key(0)))()
     manager = open_(workdir)
     for k in (4, 8):
@@ -86,10 +86,14 @@ def same(a, b):
 def test_promise_7_flipped_bits(item, saved, intact, tmp_path, caplog):
     """Wherever a bit flips, what comes back is what was saved, from this step or the older one."""
     gen = random.Random(item)
-    found = 0  # the rest hit bytes that nobody reads: descriptions of shardings, padding
+    # The rest hit bytes that nobody reads: descriptions of shardings, copies, padding.  Orbax draws
+    # the names of its files, so the same seed does not hit the same bytes twice.
+    found = 0
     paths = files(saved / "checkpoints" / "8", item)
     weights = [p.stat().st_size for p in paths]
-    for trial in range(8):
+    for trial in range(40):
+        if found == 3:
+            break
         workdir = tmp_path / f"{trial}"
         shutil.copytree(saved, workdir)
         path = gen.choices(paths, weights)[0]
@@ -107,7 +111,8 @@ def test_promise_7_flipped_bits(item, saved, intact, tmp_path, caplog):
         assert re.search("checkpoint 8 .* is damaged", caplog.text), where
         if item != "meta":
             assert item in caplog.text, (where, caplog.text)
-    assert found >= 3, f"only {found} of 8 flips in {item} were noticed"
+        shutil.rmtree(workdir)
+    assert found == 3, f"only {found} of 40 flips in {item} were noticed"
 
 
 def _remove_file(folder, item, gen):
@@ -160,18 +165,6 @@ def test_promise_7_all_damaged_changes_nothing(saved, tmp_path):
     with pytest.raises(UserError, match=r"none of the checkpoints \[4, 8\].*is valid"):
         open_(workdir).restore_newest(target())
     assert runs.digest(workdir) == before and not (workdir / "checkpoints_damaged").exists()
-
-
-def test_a_look_leaves_a_damaged_step_where_it_is(saved, tmp_path, caplog):
-    workdir = tmp_path / "w"
-    shutil.copytree(saved, workdir)
-    _truncate(workdir / "checkpoints" / "8", "params", None)
-    before = runs.digest(workdir)
-    manager = open_(workdir)
-    state, _ = manager.restore_newest(target().replace(opt={}), exact=False)
-    manager.close()
-    assert int(state.step) == 4 and state.opt == {} and "checkpoint 8" in caplog.text
-    assert runs.digest(workdir) == before
 
 
 def test_damaged_best_checkpoint_does_not_stop_the_start(saved, tmp_path):
@@ -250,8 +243,6 @@ def test_init_from_takes_the_evaluated_average_and_only_what_is_common(saved, in
     """EMA decays sort as strings ("0.9" < "0.99"); the config's first one is meant."""
     cfg = runs.make_config("gan", init_from="x", **{"ema.decays": (0.99, 0.9)})
     task = cfg.task.build(cfg)
-    from dcae_jax import rng
-
     state = jax.jit(lambda: step.init_state(task, cfg, rng.key(0)))()
     ema = {
         name: jax.tree.map(lambda x, v=v: x * 0 + v, t)
@@ -266,6 +257,29 @@ def test_init_from_takes_the_evaluated_average_and_only_what_is_common(saved, in
     assert all((np.asarray(x) == 99.0).all() for x in jax.tree.leaves(found.params))
     found = checkpoint.load_weights(str(tmp_path / "checkpoints" / "3"), targets, prefer_ema=False)
     assert same(jax.device_get(found.params), jax.device_get({"ae": state.params["ae"]}))
+
+
+def test_init_from_leaves_no_statistics_and_no_layer_behind(tmp_path):
+    """A config with RMS norms, or with fewer blocks, would run another network without a word."""
+    deeper = tiny.model(Norm.batch)
+    deeper.encoder.depths = (0, 1, 2)
+    cfg = runs.make_config("phase1", **{"task.model": deeper})
+    task = cfg.task.build(cfg)
+    state = jax.jit(lambda: step.init_state(task, cfg, rng.key(0)))()
+    manager = open_(tmp_path)
+    manager.save(state.replace(step=jnp.int32(1)), meta(cfg))
+    manager.close()
+    cases = (
+        (tiny.model(), "stats/ae/decoder/stage_1/block_0/norm/mean"),
+        (tiny.model(Norm.batch), "params/ae/encoder/stage_2/block_1/attn/norm/bias"),
+    )
+    for model, lost in cases:
+        other = runs.make_config("phase1", **{"task.model": model})
+        wanted = runs.target(other)
+        targets = {"params": wanted.params, "stats": wanted.stats}
+        for ema in (True, False):
+            with pytest.raises(UserError, match=f"{lost}: in the checkpoint but not needed"):
+                checkpoint.load_weights(str(tmp_path), targets, prefer_ema=ema)
 
 
 def test_init_from_passes_over_a_damaged_step_and_leaves_it_there(saved, tmp_path, caplog):

@@ -176,11 +176,36 @@ def test_evaluation_writes_what_it_ran_and_nothing_else(whole, tmp_path):
     cfg.evals[0].name = "other"
     with runs.devices(1):
         assert train.evaluate(cfg, str(tmp_path / "run"), runs.StopAt()) == train.DONE
-    scores = json.loads((tmp_path / "run" / "eval" / "000000012.json").read_text())
+    (path,) = (tmp_path / "run" / "eval").glob("000000012-*.json")
+    record = json.loads(path.read_text())
+    scores = record["scores"]
     assert sorted(scores) == ["other/n", "other/psnr", "other/psnr_pooled", "other/ssim"]
+    assert record["weights"].startswith("ema 0.9 of step 12") and record["config"]["evals"]
     trained = runs.rows(whole)[12]
     # Rows of metrics keep nine digits.
     assert scores["other/psnr"] == pytest.approx(trained["folder-32-test/psnr"], rel=1e-8)
     after = runs.digest(tmp_path / "run")
     assert {k for k in before if after[k] != before[k]} <= {"run.lock"}
     assert all(k.startswith("eval/") for k in after.keys() - before.keys())
+
+
+def test_any_step_is_evaluated_by_any_config_whose_weights_fit(whole, tmp_path, capsys):
+    """One step directory; a phase with a discriminator that the run does not have; no average."""
+    shutil.copytree(whole, tmp_path / "run")
+    gan = runs.make_config("gan", init_from="not looked at", **{"ema.decays": ()})
+    with runs.devices(1):
+        step = tmp_path / "run" / "checkpoints" / "8"
+        assert train.evaluate(gan, str(step), runs.StopAt()) == train.DONE
+    assert "weights: ema 0.9 of step 8" in capsys.readouterr().out
+    (path,) = (tmp_path / "run" / "eval").glob("*.json")
+    assert path.name.startswith("000000008-")
+    assert not (step / "run.lock").exists()
+
+
+def test_an_interrupted_evaluation_writes_nothing(whole, tmp_path, capsys):
+    shutil.copytree(whole, tmp_path / "run")
+    cfg = runs.make_config("phase1")
+    with runs.devices(1):
+        code = train.evaluate(cfg, str(tmp_path / "run"), runs.StopAt(2))
+    assert code == EXIT_PREEMPTED and "evaluation stopped" in capsys.readouterr().out
+    assert not (tmp_path / "run" / "eval").exists()

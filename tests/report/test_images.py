@@ -27,9 +27,19 @@ def test_png_is_lossless(channels):
     np.testing.assert_array_equal(back.reshape(x.shape), x)
 
 
-def test_to_uint8_ends_and_middle():
-    x = np.array([-2.0, -1.0, 0.0, 1.0, 3.0], np.float32).reshape(1, 5, 1).repeat(3, -1)
-    assert images.to_uint8(x)[0, :, 0].tolist() == [0, 0, 128, 255, 255]  # 127.5 rounds to even
+def test_png_is_compressed_by_the_fastest_level():
+    data = images.to_png(noise(7, 9, 3))
+    # zlib's header (RFC 1950) holds the level in two bits: 0 is the fastest, 2 the default.
+    assert data[data.index(b"IDAT") + 5] >> 6 == 0
+
+
+def test_letters_of_many_languages_are_drawn():
+    def drawn(letter):
+        return bytes(images._font(14).getmask(letter))
+
+    absent = drawn("\U0010ffff")  # no letter: what a font draws in place of one it lacks
+    shapes = {drawn(letter) for letter in "aäßøłžЖπ"}
+    assert len(shapes) == 8 and absent not in shapes
 
 
 def test_error_map_is_amplified_and_clipped():

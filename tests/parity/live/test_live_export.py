@@ -13,8 +13,9 @@ from etils import epath
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "convert"))
 import narrow_nets as narrow
+import official
 
-from dcae_jax.convert import from_torch, verify
+from dcae_jax.convert import from_torch, releases, to_torch, verify
 from dcae_jax.convert.names import Layout
 from dcae_jax.convert.to_torch import TOLERANCE
 from dcae_jax.errors import UserError
@@ -55,6 +56,19 @@ def test_the_lines_of_the_readme_run_without_dcae_jax(name, tmp_path):
     found = re.findall(r"(latent|reconstruction): relative error (\S+)", done.stdout)
     assert [name for name, _ in found] == ["latent", "reconstruction"], done.stderr[-2000:]
     assert all(float(error) < TOLERANCE for _, error in found)
+
+
+@pytest.mark.skipif(not official.is_here(), reason="needs dc_gen on PYTHONPATH")
+def test_the_lines_for_the_official_code_name_models_that_it_has():
+    zoo = official._zoo()
+    for release, what in releases.RELEASES.items():
+        if what.official is not None:
+            assert what.official in zoo.REGISTERED_DCAE_MODEL, release
+            lines = to_torch._dc_gen(release)
+            start = next(i for i, line in enumerate(lines) if line.startswith("cfg = "))
+            there = vars(zoo).copy()
+            exec("\n".join(lines[start : start + 2]), there)  # the network itself has full size
+            assert there["cfg"].pretrained_path is None and "DCAE" in there
 
 
 def test_verify_is_part_of_the_command(tmp_path, capsys):

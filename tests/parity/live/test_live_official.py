@@ -82,7 +82,7 @@ def test_f32c32_by_its_release_name(compare: Any, tmp_path: Path) -> None:
     z = original.run(model.encode, x)
     y = original.run(model.decode, z)
     compare(
-        "f32c32-in, official", "128 px", 1e-5,
+        "f32c32-in, official", "128 px", VALUES,
         latent=(ours.encode(found.cfg, found.variables, x), z),
         reconstruction=(ours.decode(found.cfg, found.variables, z), y),
     )  # fmt: skip
