@@ -123,7 +123,8 @@ def _refuse(where: str, found: list[str]) -> None:
         more = f"\n  ... and {len(found) - 20} more" if len(found) > 20 else ""
         raise UserError(
             f"{where} does not fit this config ({len(found)} difference(s)):\n{lines}{more}\n"
-            "Use the config it was trained with (config.json beside it), or another workdir."
+            "Use the config it was trained with (its values are in config.json beside it; "
+            "configs/released.py for imported releases), or another workdir."
         )
 
 
@@ -270,7 +271,7 @@ def find_source(source: str, name: str = "source") -> tuple[epath.Path, list[int
     `name`: what the user calls it, for the message.
     """
     path = absolute(source)
-    if path.name.isdigit() and path.exists():
+    if _is_step(path):
         return path.parent, [int(path.name)]
     for folder in (path / "checkpoints", path):
         if steps := _steps(folder):
@@ -282,16 +283,20 @@ def find_source(source: str, name: str = "source") -> tuple[epath.Path, list[int
     )
 
 
+def _is_step(path: epath.Path) -> bool:
+    """Whether it is a step directory; a workdir may have a number for a name, too."""
+    return path.name.isdigit() and path.exists() and not (path / "checkpoints").exists()
+
+
 def has_steps(path: epath.Path) -> bool:
     """Whether `find_source` finds checkpoints there."""
-    step = path.name.isdigit() and path.exists()
-    return step or any(_steps(folder) for folder in (path / "checkpoints", path))
+    return _is_step(path) or any(_steps(folder) for folder in (path / "checkpoints", path))
 
 
 def workdir_of(source: str) -> epath.Path:
     """The workdir of what `find_source` accepts."""
     path = absolute(source)
-    path = path.parent if path.name.isdigit() else path
+    path = path.parent if _is_step(path) else path
     return path.parent if path.name == "checkpoints" else path
 
 

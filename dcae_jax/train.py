@@ -185,12 +185,13 @@ def _write_scores(
         },
         "weights": weights.source,
         "step": weights.step,
-        **provenance.meta(cfg, weights.meta["data"]),
+        "training_data": weights.meta["data"],
+        **{k: v for k, v in provenance.meta(cfg, "").items() if k != "data"},
     }
-    evals = json.dumps(record["config"]["evals"], sort_keys=True)
-    path = folder / f"{weights.step:09d}-{zlib.crc32(evals.encode()):08x}.json"
+    protocol = json.dumps(record["config"], sort_keys=True)
+    path = folder / f"{weights.step:09d}-{zlib.crc32(protocol.encode()):08x}.json"
     path.write_text(json.dumps(record, indent=2))
-    pictures = writers.ImageWriter(folder)
+    pictures = writers.ImageWriter(folder / path.stem)
     for found in reports.values():
         pictures.write_images(weights.step, found.images)
     pictures.close()

@@ -191,14 +191,18 @@ def test_evaluation_writes_what_it_ran_and_nothing_else(whole, tmp_path):
 
 def test_any_step_is_evaluated_by_any_config_whose_weights_fit(whole, tmp_path, capsys):
     """One step directory; a phase with a discriminator that the run does not have; no average."""
-    shutil.copytree(whole, tmp_path / "run")
+    shutil.copytree(whole, tmp_path / "7")  # a workdir may be called like a step
     gan = runs.make_config("gan", init_from="not looked at", **{"ema.decays": ()})
+    gan.task.losses.lpips = 0.25  # its network is for training; there is no file of it here
     with runs.devices(1):
-        step = tmp_path / "run" / "checkpoints" / "8"
+        step = tmp_path / "7" / "checkpoints" / "8"
         assert train.evaluate(gan, str(step), runs.StopAt()) == train.DONE
-    assert "weights: ema 0.9 of step 8" in capsys.readouterr().out
-    (path,) = (tmp_path / "run" / "eval").glob("*.json")
-    assert path.name.startswith("000000008-")
+        assert "weights: ema 0.9 of step 8" in capsys.readouterr().out
+        assert train.evaluate(gan, str(tmp_path / "7"), runs.StopAt()) == train.DONE
+        gan.evals[0].n = 4
+        assert train.evaluate(gan, str(tmp_path / "7"), runs.StopAt()) == train.DONE
+    found = sorted(path.name[:10] for path in (tmp_path / "7" / "eval").glob("*.json"))
+    assert found == ["000000008-", "000000012-", "000000012-"], "another protocol, another file"
     assert not (step / "run.lock").exists()
 
 

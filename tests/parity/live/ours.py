@@ -27,7 +27,7 @@ def exported(found: from_torch.Imported, layout: names.Layout, folder: Path) -> 
     to_torch.write(
         to_torch.Export(
             found.cfg, found.variables, layout, found.scaling_factor or 1.0, found.source,
-            found.release, found.dtypes, found.counters,
+            found.release, dtypes=found.dtypes, counters=found.counters,
         ),
         epath.Path(folder),
     )  # fmt: skip
