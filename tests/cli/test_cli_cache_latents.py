@@ -394,6 +394,7 @@ def test_killed_and_repeated_gives_the_same_bytes(workdir, tmp_path) -> None:
 
 
 @pytest.mark.multiprocess
+@pytest.mark.slow
 def test_two_processes_make_the_cache_of_one(given, tmp_path) -> None:
     complete(spawn(given, "--out", tmp_path / "one"))
     with socket.socket() as free:

@@ -356,6 +356,7 @@ def decaying(rates):
     return denoise
 
 
+@pytest.mark.slow
 def test_dopri5_takes_its_own_steps_for_each_sample():
     p, rates = process(Kind.flow), jnp.array([0.0, -5.0, -60.0])
     found = run(Dopri5Config(), p, decaying(rates))
@@ -368,12 +369,14 @@ def test_dopri5_takes_its_own_steps_for_each_sample():
         assert alone.evaluations[0] == found.evaluations[i]
 
 
+@pytest.mark.slow
 def test_dopri5_that_gives_up_says_so_in_that_sample_alone():
     rates = jnp.array([0.0, -5.0, -60.0])
     found = run(Dopri5Config(max_steps=12), process(Kind.flow), decaying(rates))
     assert np.isfinite(found.x0[:2]).all() and np.isnan(found.x0[2]).all()
 
 
+@pytest.mark.slow
 def test_dopri5_calls_the_network_on_the_whole_batch():
     p, shapes = process(Kind.flow), []
 
