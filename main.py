@@ -60,8 +60,9 @@ def _run(preemption: "distributed.Preemption") -> int:
         return inspect.dry_run(cfg)
     from dcae_jax import train
 
-    run = train.train if _MODE.value == "train" else train.evaluate
-    return run(cfg, _WORKDIR.value, preemption, force=_FORCE.value)
+    if _MODE.value == "eval":
+        return train.evaluate(cfg, _WORKDIR.value, preemption)
+    return train.train(cfg, _WORKDIR.value, preemption, force=_FORCE.value)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
@@ -24,7 +23,7 @@ from dcae_jax import config as config_lib
 from dcae_jax.config import InitWeights, JSONValue
 from dcae_jax.convert import from_torch
 from dcae_jax.errors import UserError
-from dcae_jax.models.dcae import DCAEConfig
+from dcae_jax.models.dcae import DCAEConfig, abstract_variables
 from dcae_jax.models.kl_vae import KLVAEConfig
 from dcae_jax.models.layers import Dtype
 from dcae_jax.tasks.autoencode import AutoencodeConfig
@@ -149,12 +148,9 @@ def abstract(cfg: DCAEConfig | KLVAEConfig) -> dict[str, Tree]:
     It is one of this process: each process has the weights for itself.
     """
     place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    shapes = jax.eval_shape(
-        lambda: cfg.build().init(
-            jax.random.key(0), jnp.zeros((1, cfg.factor, cfg.factor, cfg.in_channels))
-        )
+    placed = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), abstract_variables(cfg)
     )
-    placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
     stats = {"ae": placed["batch_stats"]} if "batch_stats" in placed else {}
     return {"params": {"ae": placed["params"]}, "stats": stats}
 

@@ -139,19 +139,23 @@ def _steps(folder: epath.Path) -> list[int]:
 def newest_meta(workdir: epath.Path) -> Meta | None:
     """What the newest readable step of a workdir says about its run; None if there is none."""
     folder = epath.Path(workdir) / "checkpoints"
-    for step in reversed(_steps(folder)):
-        with contextlib.suppress(DamagedCheckpoint):
-            return read_meta(folder, step)
-    return None
+    return _first_readable(folder, _steps(folder)[::-1])
 
 
 def source_meta(source: str, name: str = "source") -> Meta:
     """As `newest_meta`, of a workdir or step directory that must have one."""
     folder, steps = find_source(source, name)
+    meta = _first_readable(folder, steps)
+    if meta is None:
+        raise UserError(f"no valid checkpoint in {folder} (tried steps {steps})")
+    return meta
+
+
+def _first_readable(folder: epath.Path, steps: list[int]) -> Meta | None:
     for step in steps:
         with contextlib.suppress(DamagedCheckpoint):
             return read_meta(folder, step)
-    raise UserError(f"no valid checkpoint in {folder} (tried steps {steps})")
+    return None
 
 
 def read_meta(folder: epath.Path, step: int) -> Meta:
@@ -294,9 +298,10 @@ def has_steps(path: epath.Path) -> bool:
 
 
 def workdir_of(source: str) -> epath.Path:
-    """The workdir of what `find_source` accepts."""
+    """The workdir of what `find_source` accepts, or accepted before it was moved away."""
     path = absolute(source)
-    path = path.parent if _is_step(path) else path
+    was_step = path.name.isdigit() and path.parent.name == "checkpoints"
+    path = path.parent if was_step or _is_step(path) else path
     return path.parent if path.name == "checkpoints" else path
 
 

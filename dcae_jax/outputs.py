@@ -6,7 +6,7 @@ On local disks a file is written beside its place and renamed; object stores sho
 import contextlib
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import IO
 
 from absl import logging
@@ -38,7 +38,7 @@ def claimed(folder: epath.Path, option: str) -> Iterator[None]:
 
     The lock is on the folder itself and dies with the process.  An object store has no locks.
     """
-    with _told(folder):
+    with _told_of(folder):
         folder.mkdir(parents=True, exist_ok=True)
     if "://" in str(folder):
         yield
@@ -81,7 +81,7 @@ def opened(path: epath.Path) -> Iterator[IO[bytes]]:
     """
     local = "://" not in str(path)
     place = path.parent / f".{path.name}.{os.getpid()}.part" if local else path
-    with _told(path):
+    with _told_of(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with place.open("wb") as file:
@@ -95,13 +95,19 @@ def opened(path: epath.Path) -> Iterator[IO[bytes]]:
             raise
 
 
+def _told_of(path: epath.Path) -> contextlib.AbstractContextManager[None]:
+    return told(
+        lambda e: (
+            f"{path} could not be written: {e.strerror or e}. Make room, or mend what this "
+            "says; what was written before is whole"
+        )
+    )
+
+
 @contextlib.contextmanager
-def _told(path: epath.Path) -> Iterator[None]:
-    """A full disk, a folder of somebody else and their like in one sentence."""
+def told(sentence: Callable[[OSError], str]) -> Iterator[None]:
+    """A full disk, a folder of somebody else and their like as a UserError in one sentence."""
     try:
         yield
     except OSError as e:
-        raise UserError(
-            f"{path} could not be written: {e.strerror or e}. Make room, or mend what this "
-            "says; what was written before is whole"
-        ) from e
+        raise UserError(sentence(e)) from e

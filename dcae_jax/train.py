@@ -118,9 +118,7 @@ def say(text: str) -> None:
         progress.say(text)
 
 
-def evaluate(
-    cfg: RunConfig, source: str, preemption: distributed.Preemption, force: bool = False
-) -> int:
+def evaluate(cfg: RunConfig, source: str, preemption: distributed.Preemption) -> int:
     """Runs every evaluator of the config on the newest checkpoint of a workdir, or on one step.
 
     The workdir may be of a run or an imported autoencoder; only the weights have to fit.  Scores

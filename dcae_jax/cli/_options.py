@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from dcae_jax.autoencoder import Autoencoder
     from dcae_jax.codec import Codec, CodecConfig
+    from dcae_jax.config import InitWeights
     from dcae_jax.data.files import ImageFile
     from dcae_jax.data.transforms import Pixels
 
@@ -32,6 +33,16 @@ def add_source(to: argparse.ArgumentParser, activations: str = "--dtype") -> Non
     to.add_argument(
         "--variant", metavar="NAME", help="the release, where a bare file leaves it open"
     )
+    add_weights(to)
+    to.add_argument(
+        activations, choices=("float32", "bfloat16"), default="float32",
+        help="of activations; float32 (default) gives the same numbers on every device, bfloat16 "
+        "is faster on accelerators and needs half the memory",
+    )  # fmt: skip
+
+
+def add_weights(to: argparse.ArgumentParser) -> None:
+    """Which of several weights of one source."""
     to.add_argument(
         "--part", metavar="NAME", help="which weights of a training checkpoint that holds several"
     )
@@ -39,11 +50,13 @@ def add_source(to: argparse.ArgumentParser, activations: str = "--dtype") -> Non
         "--params", choices=("ema", "raw"), default="ema",
         help="which weights of a run: the average (default) or the raw ones",
     )  # fmt: skip
-    to.add_argument(
-        activations, choices=("float32", "bfloat16"), default="float32",
-        help="of activations; float32 (default) gives the same numbers on every device, bfloat16 "
-        "is faster on accelerators and needs half the memory",
-    )  # fmt: skip
+
+
+def weights(args: argparse.Namespace) -> "InitWeights":
+    """What --params asks for."""
+    from dcae_jax.config import InitWeights
+
+    return InitWeights.ema if args.params == "ema" else InitWeights.params
 
 
 def add_images(to: argparse.ArgumentParser) -> None:
@@ -88,11 +101,9 @@ def codec_config(args: argparse.Namespace) -> "CodecConfig":
 def load(args: argparse.Namespace) -> "Autoencoder":
     """The autoencoder of `add_source`; says which weights it found."""
     from dcae_jax import autoencoder, backend
-    from dcae_jax.config import InitWeights
 
     backend.compile_cache("auto")
-    weights = InitWeights.ema if args.params == "ema" else InitWeights.params
-    net = autoencoder.load(args.source, weights, args.variant, args.part)
+    net = autoencoder.load(args.source, weights(args), args.variant, args.part)
     factor = "unknown" if net.scaling_factor is None else f"{net.scaling_factor:.5g}"
     print(
         f"{net.source}: f{net.cfg.factor}c{net.cfg.latent_channels}, scaling factor {factor} "

@@ -21,13 +21,12 @@ def main(argv: list[str]) -> int:
     """Entry point of `python -m dcae_jax export`."""
     args = _parser().parse_args(argv)
     from dcae_jax import autoencoder, backend, checkpoint
-    from dcae_jax.config import InitWeights
     from dcae_jax.convert import folder, to_torch
 
     out = checkpoint.absolute(args.out)
     with folder.filling(out, to_torch.FILES):
         backend.compile_cache("auto")
-        weights = InitWeights.ema if args.params == "ema" else InitWeights.params
+        weights = _options.weights(args)
         export = _plan(autoencoder.load(args.workdir, weights, part=args.part), args)
         _check_verifiable(export, out, args.verify)
         to_torch.fill(export, out)
@@ -54,10 +53,7 @@ def _parser() -> argparse.ArgumentParser:
         help="of a run or an import, or one step of it; or what import takes",
     )  # fmt: skip
     parser.add_argument("--to", required=True, choices=("diffusers", "official"), help="the layout")
-    parser.add_argument(
-        "--params", choices=("ema", "raw"), default="ema",
-        help="which weights of a run: the average (default) or the raw ones",
-    )  # fmt: skip
+    _options.add_weights(parser)
     parser.add_argument("--out", required=True, metavar="DIR", help="a new or empty folder")
     parser.add_argument(
         "--scaling-factor", type=float, metavar="X",
@@ -67,9 +63,6 @@ def _parser() -> argparse.ArgumentParser:
         "--variant", metavar="NAME",
         help="a release with this network: the official code builds networks by such names",
     )  # fmt: skip
-    parser.add_argument(
-        "--part", metavar="NAME", help="which weights of a training checkpoint that holds several"
-    )
     parser.add_argument("--verify", action="store_true", help="fail unless PyTorch has agreed")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"),

@@ -97,7 +97,6 @@ def load(source: str, params: str) -> Trained:
     import jax
 
     from dcae_jax import checkpoint, config
-    from dcae_jax.config import InitWeights
     from dcae_jax.data.latents import Manifest
     from dcae_jax.errors import UserError
     from dcae_jax.tasks import diffuse
@@ -113,8 +112,9 @@ def load(source: str, params: str) -> Trained:
     shapes, _ = jax.eval_shape(task.init, jax.random.key(0))
     place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     targets = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
-    prefer = InitWeights("ema" if params == "ema" else "params") is InitWeights.ema
-    found = checkpoint.load_weights(source, {"params": targets, "stats": {}}, prefer_ema=prefer)
+    found = checkpoint.load_weights(
+        source, {"params": targets, "stats": {}}, prefer_ema=params == "ema"
+    )
     manifest = Manifest.from_json(meta["latents"])
     constants = {"norm": diffuse.normalisation(run.task.latent_norm, manifest)}
     return Trained(task, Variables(found.params, {}, constants), manifest, run.seed, found.source)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from etils import epath
 
+from dcae_jax import outputs
 from dcae_jax.errors import UserError
 
 CONFIG, UNFINISHED = "config.json", "unfinished.txt"
@@ -56,16 +57,14 @@ def is_unfinished(path: epath.Path) -> bool:
     return begun and not (path / CONFIG).exists()
 
 
-@contextlib.contextmanager
-def writing(out: epath.Path) -> Iterator[None]:
+def writing(out: epath.Path) -> contextlib.AbstractContextManager[None]:
     """Turns what a disk refuses into one sentence."""
-    try:
-        yield
-    except OSError as e:
-        raise UserError(
-            f"--out {out} cannot be written ({e}); make room or mend what this says and run the "
-            "same command again, or give another folder"
-        ) from e
+    return outputs.told(
+        lambda e: (
+            f"--out {out} cannot be written ({e}); make room or mend what this says and run "
+            "the same command again, or give another folder"
+        )
+    )
 
 
 def require_room(out: epath.Path, size: int) -> None:

@@ -77,18 +77,6 @@ def whole(
     return jax.jit(run)
 
 
-def errors(found: dict[str, Any], tag: str, fixture: Any) -> dict[str, float]:
-    """max |difference| / max |original| of each value."""
-    result = {}
-    for key, value in found.items():
-        original = fixture[f"{tag}/{key}"]
-        flat = np.asarray(value)
-        if key != "z":
-            flat = flat.reshape(-1)[weights.sample(f"{tag}/{key}", flat.size)]
-        result[key] = float(np.abs(flat - original).max() / np.abs(original).max())
-    return result
-
-
 @functools.cache
 def fixture() -> dict[str, np.ndarray]:
     return dict(np.load(HERE / "dcae.npz"))
@@ -99,7 +87,7 @@ def fixture() -> dict[str, np.ndarray]:
 def test_agrees_with_the_pytorch_original(name: str, size: tuple[int, int]) -> None:
     cfg, tag = config(name), f"{name}/{size[0]}x{size[1]}"
     found = whole(cfg.build(), tag, size)(filled(cfg))
-    worst = errors(found, tag, fixture())
+    worst = weights.errors(found, tag, fixture())
     assert max(worst.values()) <= TOLERANCE, worst
 
 
@@ -113,7 +101,7 @@ def test_one_percent_of_any_tensor_is_noticed(name: str) -> None:
     unseen = {}
     for path, leaf in leaves.items():
         changed = tree.unflatten({**leaves, path: leaf * np.float32(1.01)})
-        worst = max(errors(run(changed), tag, fixture()).values())
+        worst = max(weights.errors(run(changed), tag, fixture()).values())
         if worst <= TOLERANCE:
             unseen[path] = worst
     assert not unseen

@@ -72,14 +72,7 @@ def whole(cfg: KLVAEConfig, name: str, size: tuple[int, int]) -> Callable[[Any],
 
 
 def errors(found: dict[str, Any], name: str, size: tuple[int, int]) -> dict[str, float]:
-    """max |difference| / max |original| of each value."""
-    result, tag = {}, f"{name}/{size[0]}x{size[1]}"
-    for key, value in found.items():
-        original, flat = fixture()[f"{tag}/{key}"], np.asarray(value)
-        if key in ("y", "dx"):
-            flat = flat.reshape(-1)[weights.sample(f"{tag}/{key}", flat.size)]
-        result[key] = float(np.abs(flat - original).max() / np.abs(original).max())
-    return result
+    return weights.errors(found, f"{name}/{size[0]}x{size[1]}", fixture())
 
 
 @functools.cache

@@ -47,6 +47,19 @@ def normal(name: str, shape: tuple[int, ...]) -> np.ndarray:
     return _generator(name).standard_normal(shape).astype(np.float32)
 
 
+def errors(
+    found: dict[str, np.ndarray], tag: str, fixture: dict[str, np.ndarray]
+) -> dict[str, float]:
+    """max |difference| / max |original| of each value; of "y" and "dx" a sample is stored."""
+    result = {}
+    for key, value in found.items():
+        original, flat = fixture[f"{tag}/{key}"], np.asarray(value)
+        if key in ("y", "dx"):
+            flat = flat.reshape(-1)[sample(f"{tag}/{key}", flat.size)]
+        result[key] = float(np.abs(flat - original).max() / np.abs(original).max())
+    return result
+
+
 def sample(name: str, size: int, count: int = 2000) -> np.ndarray:
     """Sorted positions of the values of a large array that a fixture keeps."""
     return np.sort(_generator(name).choice(size, min(size, count), replace=False))
