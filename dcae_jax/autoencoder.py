@@ -206,6 +206,19 @@ def _recorded(workdir: epath.Path, encoder: str) -> Factor | None:
     return Factor(origin.scaling_factor, f"recorded by the import in {workdir}")
 
 
+def measured(source: str, encoder: str) -> dict[str, JSONValue] | None:
+    """What `latent-stats` found of this encoder, in a workdir or one that it was initialised from.
+
+    None if `source` is no workdir, or nothing was measured.
+    """
+    path = checkpoint.absolute(source)
+    if not (path.is_dir() and checkpoint.has_steps(path)):
+        return None
+    chain, _ = _chain(checkpoint.workdir_of(source))
+    found = [stats for folder in chain if (stats := read_stats(folder)) is not None]
+    return next((stats for stats in found if stats["encoder"] == encoder), None)
+
+
 def _measured(workdir: epath.Path, encoder: str, notes: list[str]) -> Factor | None:
     """What `latent-stats` found; why that does not count goes to `notes`."""
     try:

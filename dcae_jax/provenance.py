@@ -31,7 +31,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "nump
 # On resume these may change freely: they do not touch the numbers of the run.
 CADENCE = (
     r"report\..*|checkpoint\..*|evals(\[.*|$)|name|compile_cache|nonfinite.*|mesh\..*|microbatches"
-    r"|data\.(threads|workers|prefetch|cache_mb|max_bad_fraction|path)|task\.model\.remat.*"
+    r"|data\.((images\.)?(threads|workers|prefetch|cache_mb|max_bad_fraction)|path|autoencoder)|task\.model\.remat.*"
     r"|deterministic|init_from|init_weights"
 )
 # These make it another run: model shape, phase, data identity and order.
@@ -173,8 +173,9 @@ def _scores(rows: list[dict[str, Any]], names: list[str]) -> dict[str, dict[str,
     """The scores of each evaluator in the first row that has them."""
     found: dict[str, dict[str, float]] = {}
     for name in names:
-        row = next((r for r in rows if f"{name}/n" in r), {})
-        found[name] = {k.split("/")[-1]: v for k, v in row.items() if k.startswith(f"{name}/")}
+        of_this = ({k: v for k, v in r.items() if k.startswith(f"{name}/")} for r in rows)
+        row = next((r for r in of_this if r), {})
+        found[name] = {k.split("/")[-1]: v for k, v in row.items()}
     return found
 
 

@@ -31,7 +31,7 @@ def write_run(workdir, cfg):
     task = cfg.task.build(cfg)
     with provenance.lock(workdir):
         provenance.check(workdir, cfg, "digest", False, print)
-        provenance.write(workdir, cfg, "digest")
+        provenance.write(workdir, cfg, "digest", {})
         picture = np.zeros((8, 8, 3), np.uint8)
         for writer in writers.make_writers(workdir, 0, tensorboard=True):
             for k in (0, 5):

@@ -3,6 +3,7 @@
 import ast
 import importlib.util
 import json
+import operator
 import os
 import pathlib
 import re
@@ -23,6 +24,7 @@ CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 DIFFUSION = {
     "demo_diffusion": ("",), "paper_uvit": ("s,f32", "h,f64", "2b,f64", "s,f8"),
     "paper_usit": ("h,f32", "2b,f64"), "paper_dit": ("xl,f32", "s,f8"),
+    "modern_dit": ("xl,f32", "s,f128,online"), "modern_usit": ("h,f32", "s,f64,online"),
 }  # fmt: skip
 PHASED = [path for path in CONFIGS if path.stem not in DIFFUSION]
 PHASES = ("phase1", "phase2", "phase3")
@@ -35,7 +37,7 @@ LAYERS = (
     ("tasks", "convert"),
     ("step", "report"),
     ("checkpoint",),
-    ("autoencoder", "generator"),
+    ("autoencoder", "generator", "online"),
     ("evals",),
     ("provenance", "recipes", "diffusion_recipes", "backend"),
     ("train", "codec"),
@@ -286,7 +288,8 @@ def test_promise_9_diffusion_config_resolves_validates_and_survives_json(name, a
     again = config.from_json(json.loads(config.dumps(cfg)))
     assert again == cfg and config.dumps(config.resolve(again)) == config.dumps(cfg)
     assert cfg.data.shape == (*cfg.task.model.input_size, cfg.task.model.in_channels)
-    assert cfg.evals[0].data.path == cfg.data.path
+    where = operator.attrgetter("autoencoder" if arg.endswith("online") else "path")
+    assert where(cfg.evals[0].data) == where(cfg.data)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)

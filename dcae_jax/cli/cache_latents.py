@@ -19,6 +19,7 @@ finished cache it checks all sums. Several processes (JAX_COORDINATOR_ADDRESS, J
 JAX_PROCESS_ID; Slurm; TPU pods) share the shards.
 """
 
+import contextlib
 import copy
 import json
 import os
@@ -139,14 +140,13 @@ def _run(args: Any, overrides: list[str]) -> None:
     distributed.barrier("looked at what is there")
     if not missing and _is_cached(job, infos):
         return
-    if distributed.is_main():
-        _claim(job)
-    distributed.barrier("claimed")
-    _encode(job, _mine(missing))
-    distributed.barrier("encoded")
-    if distributed.is_main():
-        _finish(args, job)
-    distributed.barrier("finished")
+    with _only_here(job):
+        distributed.barrier("claimed")
+        _encode(job, _mine(missing))
+        distributed.barrier("encoded")
+        if distributed.is_main():
+            _finish(args, job)
+        distributed.barrier("finished")
 
 
 # ---------------------------------------------------------------------------------- what is encoded
@@ -157,6 +157,7 @@ def _data(args: Any, overrides: list[str]) -> "DataConfig":
     from dcae_jax.data.pipeline import DataConfig, Transform
     from dcae_jax.data.sources import FolderConfig
     from dcae_jax.errors import UserError
+    from dcae_jax.online import OnlineDataConfig
 
     if overrides and args.images:
         raise UserError("--config and --images both name data; give one of them")
@@ -167,6 +168,8 @@ def _data(args: Any, overrides: list[str]) -> "DataConfig":
         )  # fmt: skip
     else:
         data = _configured(overrides) if overrides else _data_of_run(args.source)
+    if isinstance(data, OnlineDataConfig):
+        data = data.images  # that run encodes them in each step, this command once
     if not isinstance(data, DataConfig):
         raise UserError("the data of this config are not images; name a config of images")
     data.split = args.split or data.split
@@ -320,16 +323,22 @@ def _short(value: Any) -> Any:
     return value[:16] if isinstance(value, str) and len(value) == 64 else value
 
 
-def _claim(job: Job) -> None:
-    from dcae_jax import config
+@contextlib.contextmanager
+def _only_here(job: Job) -> Iterator[None]:
+    """The folder is this command's, and says what it will hold; the first process sees to it."""
+    from dcae_jax import config, distributed, outputs
     from dcae_jax.data import latents
     from dcae_jax.errors import UserError
 
-    try:
-        job.where.mkdir(parents=True, exist_ok=True)
-        latents.write_json(job.where / _PLAN, config.to_json(job.plan))
-    except OSError as error:
-        raise UserError(f"cannot write to {job.where}: {error}") from error
+    if not distributed.is_main():
+        yield
+        return
+    with outputs.locked(job.where, "--out"):
+        try:
+            latents.write_json(job.where / _PLAN, config.to_json(job.plan))
+        except OSError as error:
+            raise UserError(f"cannot write to {job.where}: {error}") from error
+        yield
 
 
 def _finished(job: Job) -> "list[ShardInfo | None]":

@@ -14,7 +14,9 @@ from dcae_jax.config import InitWeights, RunConfig
 from dcae_jax.data import pipeline
 from dcae_jax.data.latents import LatentDataConfig
 from dcae_jax.diffusion import samplers
+from dcae_jax.errors import UserError
 from dcae_jax.evals.base import Report, variables_of
+from dcae_jax.online import OnlineDataConfig
 from dcae_jax.step import TrainState
 from dcae_jax.tasks.base import Batch, Task, Variables
 from dcae_jax.tasks.diffuse import DiffuseTask
@@ -26,7 +28,9 @@ class ValLossConfig:
     """The training loss, without label dropout, on the first `n` latents of a split."""
 
     name: str = ""  # "": latents and split, e.g. latents-test
-    data: LatentDataConfig = field(default_factory=lambda: LatentDataConfig(split="test"))
+    data: LatentDataConfig | OnlineDataConfig = field(
+        default_factory=lambda: LatentDataConfig(split="test")
+    )
     n: int = 1024  # latents, exactly, on any number of devices
     batch: int = 64  # over all devices
     bins: int = 10  # equal parts of the time from 0 (data) to 1 (noise)
@@ -36,10 +40,15 @@ class ValLossConfig:
     weights: InitWeights = InitWeights.ema
 
     def resolve(self, run: RunConfig) -> None:
-        """Takes the run's cache unless another one is named; names the evaluator after it."""
-        self.data.path = self.data.path or run.data.path
-        self.data.shape = run.data.shape
-        self.name = self.name or f"latents-{self.data.split}"
+        """Takes the run's cache or autoencoder unless another is named; names the evaluator."""
+        cached = isinstance(self.data, LatentDataConfig)
+        split = self.data.split if cached else self.data.images.split
+        self.name = self.name or f"latents-{split}"
+        if type(run.data) is type(self.data):
+            name = "path" if cached else "autoencoder"
+            setattr(self.data, name, getattr(self.data, name) or getattr(run.data, name))
+        if isinstance(run.data, (LatentDataConfig, OnlineDataConfig)):
+            self.data.shape = run.data.shape  # else the task says what is wrong
 
     def problems(self) -> list[str]:
         """All problems of these values, each with its mend."""
@@ -74,10 +83,22 @@ class ValLoss:
 
     def __init__(self, cfg: ValLossConfig, run: RunConfig, task: DiffuseTask, mesh: Mesh):
         self.cfg, self._run, self._task, self._mesh = cfg, run, task, mesh
+        self._check_encoder()
         rows = mesh.shape["data"] * mesh.shape["fsdp"]
         self._batch = -(-cfg.batch // rows) * rows
         self._key = rng.key(run.seed, 0, "validation")
         self._score = jax.jit(self._sums, out_shardings=sharding.replicated(mesh))
+
+    def _check_encoder(self) -> None:
+        """UserError if the latents are of another encoder than those of the run."""
+        if not isinstance(self.cfg.data, LatentDataConfig):
+            return  # images are encoded by the run's own
+        mine, other = (data.manifest().encoder for data in (self._run.data, self.cfg.data))
+        if mine and other and mine != other:  # "": not known of imported weights
+            raise UserError(
+                f"evals: {self.cfg.name}: the latents in {self.cfg.data.path} are of encoder "
+                f"{other[:16]}, those of the run of {mine[:16]}; name a cache of the same encoder"
+            )
 
     def baselines(self) -> dict[str, dict[str, float]]:
         """There are none."""
@@ -104,7 +125,7 @@ class ValLoss:
         self, variables: Variables, batch: Batch, first: Array
     ) -> tuple[Float[Array, " bins"], Float[Array, " bins"]]:
         """(sums of losses, numbers of latents) of each part; a latent's draws follow its index."""
-        latent, process = batch["latent"], self._task.process
+        latent, process = self._task.latents(variables, batch), self._task.process
         index = first + jnp.arange(latent.shape[0])
         time = jax.vmap(lambda i: process.draw_times(jax.random.fold_in(self._key, i), ()))(index)
         noise = samplers.initial_noise(self._key, index, latent.shape[1:])

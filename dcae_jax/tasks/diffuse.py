@@ -1,4 +1,4 @@
-"""Training a diffusion model on cached latents of an autoencoder.
+"""Training a diffusion model on latents of an autoencoder, cached or encoded in the step.
 
 The model is a network, a process and a normalisation of the latents: UViT, USiT, DiT and SiT are
 values of these.  Published recipes (DC-AE, arXiv 2410.10733): the network sees the latents times
@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from dcae_jax import tree
-from dcae_jax.config import RunConfig
-from dcae_jax.diffusion.guidance import Denoiser
+from dcae_jax.config import RunConfig, regex_problem
+from dcae_jax.diffusion.guidance import Denoiser, Reference
 from dcae_jax.diffusion.process import Process, ProcessConfig
 from dcae_jax.errors import UserError
 from dcae_jax.models.dit import DiTConfig
@@ -45,6 +45,44 @@ class LatentStats(Protocol):
     def to_json(self) -> Any:
         """All that is known of the cache."""
         ...
+
+
+@runtime_checkable
+class Encodes(Protocol):
+    """Data that are images, with the frozen autoencoder that encodes them in the step."""
+
+    def encoder(self) -> Tree:
+        """Its variables."""
+        ...
+
+    def abstract_encoder(self) -> Tree:
+        """Their shapes."""
+        ...
+
+    def gaussian(self) -> bool:
+        """Whether a latent is a Gaussian."""
+        ...
+
+    def encode(self, variables: Tree, image: Array) -> tuple[Latents, Latents | None]:
+        """(mean, log variance or None); no gradient flows back."""
+        ...
+
+
+@runtime_checkable
+class Reads(Protocol):
+    """An evaluator with data of its own."""
+
+    name: str
+    data: Any
+
+
+@runtime_checkable
+class Draws(Protocol):
+    """An evaluator that draws samples."""
+
+    name: str
+    sampler: Any
+    guidance: Any
 
 
 class LatentNorm(enum.Enum):
@@ -84,6 +122,8 @@ class DiffuseConfig:
         found = [] if 0 <= self.label_dropout < 1 else [
             f"task.label_dropout = {self.label_dropout}; a probability below 1, published: 0.1"
         ]  # fmt: skip
+        if why := regex_problem(self.trainable):
+            found.append(f"task.trainable = {self.trainable!r} is no regular expression: {why}")
         variance = self.model.out_factor == 2
         if variance != self.process.learn_variance:
             found.append(
@@ -103,12 +143,15 @@ class DiffuseConfig:
 
     def run_problems(self, run: RunConfig) -> list[str]:
         """Problems that this task sees in the whole run."""
-        found = []
-        if "latent" not in run.data.abstract_batch(run.batch):
-            found.append(
-                "data is not a cache of latents; set data=LatentDataConfig(path=...), made by "
-                "`python -m dcae_jax cache-latents`"
-            )
+        found = _data_problems(run)
+        for e in run.evals:
+            if isinstance(e, Reads) and isinstance(e.data, Encodes) > isinstance(run.data, Encodes):
+                found.append(
+                    f"evals: {e.name}: its images need the autoencoder of the run, which trains on "
+                    "a cache; give it LatentDataConfig(split=...), or train on OnlineDataConfig"
+                )
+            if isinstance(e, Draws):
+                found += [f"evals: {e.name}: {p}" for p in self._drawing_problems(e)]
         if run.mesh.spatial > 1:
             found.append(
                 f"mesh.spatial = {run.mesh.spatial}: attention kernels refuse a sharded sequence; "
@@ -116,9 +159,41 @@ class DiffuseConfig:
             )
         return found
 
+    def _drawing_problems(self, e: Draws) -> list[str]:
+        """What does not fit between the model and an evaluator that samples it."""
+        found = list(e.sampler.process_problems(self.process))
+        unguided = e.guidance.scale == 1 or e.guidance.reference is not Reference.null_class
+        if not unguided and not self.label_dropout:
+            found.append(
+                f"guidance.scale = {e.guidance.scale:g} asks the network for samples without a "
+                "class, which it never sees with task.label_dropout = 0; set label_dropout=0.1, "
+                "or scale=1"
+            )
+        if e.guidance.channels > self.model.in_channels:
+            found.append(
+                f"guidance.channels = {e.guidance.channels}, but latents have "
+                f"{self.model.in_channels}; 0 guides all"
+            )
+        return found
+
+
+def _data_problems(run: RunConfig) -> list[str]:
+    if run.data is not None and (
+        isinstance(run.data, Encodes) or "latent" in run.data.abstract_batch(run.batch)
+    ):
+        return []
+    return [
+        "data is no source of latents; set data=LatentDataConfig(path=...), made by `python -m "
+        "dcae_jax cache-latents`, or data=OnlineDataConfig(images=..., autoencoder=...), which "
+        "encodes images in each step"
+    ]
+
 
 class DiffuseTask:
-    """See DiffuseConfig.  Parameters: {"net": ...}; constants: the normalisation."""
+    """See DiffuseConfig.  Parameters: {"net": ...}.
+
+    Constants: the normalisation, and the encoder where images are encoded in the step.
+    """
 
     def __init__(self, cfg: DiffuseConfig, run: RunConfig):
         self.cfg, self.run = cfg, run
@@ -136,8 +211,10 @@ class DiffuseTask:
         return {"net": self.net.init(key, x, jnp.zeros((1,)), cond)["params"]}, {}
 
     def constants(self, training: bool) -> Tree:
-        """The normalisation, from the manifest of the cache; UserError if that does not fit."""
-        return {"norm": normalisation(self.cfg.latent_norm, self._manifest())}
+        """The normalisation, from the manifest (UserError if that does not fit); the encoder."""
+        norm = normalisation(self.cfg.latent_norm, self._manifest())
+        online = isinstance(self.run.data, Encodes)
+        return {"norm": norm, **({"encoder": self.run.data.encoder()} if online else {})}
 
     def record(self) -> dict[str, Any]:
         """The manifest: samples are drawn and decoded without the cache."""
@@ -149,13 +226,19 @@ class DiffuseTask:
         return manifest
 
     def abstract_constants(self) -> Tree:
-        """Shapes of `constants`, without the file."""
+        """Shapes of `constants`, without a cache."""
         row = jnp.zeros((self.cfg.model.in_channels,))
-        return {"norm": Normalisation(row, row)}
+        online = isinstance(self.run.data, Encodes)
+        more = {"encoder": _zeros(self.run.data.abstract_encoder())} if online else {}
+        return {"norm": Normalisation(row, row), **more}
 
     def shapes(self, spatial: int) -> list[str]:
-        """Tokens, widths and parameters."""
-        return self.cfg.model.describe()
+        """What enters a step."""
+        cfg, data = self.cfg.model, self.run.data
+        latent = " x ".join(str(n) for n in (*cfg.input_size, cfg.in_channels))
+        if isinstance(data, Encodes):
+            return [f"each example: {data.resolution} px, encoded in the step to {latent}"]
+        return [f"each example: a latent {latent}"]
 
     def static(self, step: int) -> Hashable:
         """The compiled step does not depend on anything."""
@@ -164,21 +247,19 @@ class DiffuseTask:
     def prepare(
         self, key: PRNGKeyArray, batch: Batch, step: Int[Array, ""], static: Hashable
     ) -> Inputs:
-        """Times, noise, dropped labels, and a sample of the latent where it is a Gaussian."""
-        latent, label = batch["latent"].astype(jnp.float32), batch["label"]
+        """Times, noise, dropped labels, and what samples a latent that is a Gaussian."""
+        model, label = self.cfg.model, batch["label"]
+        shape = (label.shape[0], *model.input_size, model.in_channels)
         k_time, k_noise, k_drop, k_latent = jax.random.split(key, 4)
-        if "logvar" in batch:
-            deviation = jnp.exp(0.5 * batch["logvar"].astype(jnp.float32))
-            latent += deviation * jax.random.normal(k_latent, latent.shape)
-        b = latent.shape[0]
-        dropped = jax.random.bernoulli(k_drop, self.cfg.label_dropout, (b,))
-        examples = {
-            "latent": latent,
-            "label": jnp.where(dropped, self.cfg.model.num_classes, label),
-            "noise": jax.random.normal(k_noise, latent.shape),
-            "time": self.process.draw_times(k_time, (b,)),
-            "weight": jnp.full((b,), 1.0 / b),
+        dropped = jax.random.bernoulli(k_drop, self.cfg.label_dropout, shape[:1])
+        examples = {k: batch[k] for k in ("latent", "logvar", "image") if k in batch} | {
+            "label": jnp.where(dropped, model.num_classes, label),
+            "noise": jax.random.normal(k_noise, shape),
+            "time": self.process.draw_times(k_time, shape[:1]),
+            "weight": jnp.full(shape[:1], 1.0 / shape[0]),
         }
+        if "logvar" in batch or ("image" in batch and self.run.data.gaussian()):
+            examples["draw"] = jax.random.normal(k_latent, shape)
         return Inputs(examples, {})
 
     def predict(self, variables: Variables, batch: Batch) -> Latents:
@@ -198,8 +279,22 @@ class DiffuseTask:
         """(x_t, t, cond) -> Prediction, what guidance and samplers take."""
         return self.process.denoiser(lambda x, time, cond: self.network(variables, x, time, cond))
 
+    def latents(self, variables: Variables, batch: Batch) -> Latents:
+        """The f32 latents of a batch, from the cache or encoded here from its images.
+
+        Where they are Gaussians: their means, or with "draw" (standard normal) samples of them.
+        """
+        if "image" in batch:
+            mean, logvar = self.run.data.encode(variables.constants["encoder"], batch["image"])
+        else:
+            mean, logvar = batch["latent"], batch["logvar"] if "logvar" in batch else None
+        mean = mean.astype(jnp.float32)
+        if logvar is None or "draw" not in batch:
+            return mean
+        return mean + jnp.exp(0.5 * logvar.astype(jnp.float32)) * batch["draw"]
+
     def losses(self, variables: Variables, examples: Batch) -> Float[Array, " b"]:
-        """The loss of each example at its time and noise."""
+        """The loss of each example ("latent", "label") at its "time" and "noise"."""
         x0 = variables.constants["norm"].apply(examples["latent"])
         t, eps = examples["time"], examples["noise"]
         x_t = self.process.diffuse(x0, eps, t)
@@ -210,6 +305,7 @@ class DiffuseTask:
 
     def _loss(self, variables: Variables, inputs: Inputs, carry: Any) -> Loss:
         x = inputs.examples
+        x = x | {"latent": self.latents(variables, x)}
         loss = jnp.sum(x["weight"] * self.losses(variables, x))
         normal = variables.constants["norm"].apply(x["latent"])
         metrics = {
@@ -255,12 +351,24 @@ class DiffuseTask:
         ]
 
 
+def _zeros(shapes: Tree) -> Tree:
+    """Arrays of these shapes; under `jax.eval_shape` they take no memory."""
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+
 def normalisation(kind: LatentNorm, manifest: LatentStats) -> Normalisation:
     """From the statistics of the cache."""
-    mean, std = jnp.asarray(manifest.mean), jnp.asarray(manifest.std)
-    if kind is LatentNorm.channel:
-        return Normalisation(mean, 1.0 / std)
-    return Normalisation(jnp.zeros_like(mean), jnp.full_like(mean, manifest.scaling_factor))
+    channels = manifest.shape[2]
+    if kind is LatentNorm.scalar:
+        return Normalisation(jnp.zeros(channels), jnp.full(channels, manifest.scaling_factor))
+    if len(manifest.std) != channels:
+        raise UserError(
+            "task.latent_norm = channel needs the mean and deviation of each channel, which are "
+            "not known of these latents. Measure them where the autoencoder has a workdir "
+            "(python -m dcae_jax latent-stats --from WORKDIR), train on a cache, which measures "
+            "its own, or set latent_norm=scalar"
+        )
+    return Normalisation(jnp.asarray(manifest.mean), 1.0 / jnp.asarray(manifest.std))
 
 
 def check_manifest(cfg: DiffuseConfig, manifest: LatentStats) -> None:

@@ -17,9 +17,10 @@ import numpy as np
 import pytest
 import runs
 import tiny
+from etils import epath
 from PIL import Image
 
-from dcae_jax import autoencoder
+from dcae_jax import autoencoder, outputs
 from dcae_jax.cli import cache_latents
 from dcae_jax.config import InitWeights
 from dcae_jax.data import latents, pipeline, transforms
@@ -309,6 +310,15 @@ def test_space_is_looked_at_before_the_start(command, given, tmp_path, monkeypat
     assert code == 2 and "GB free, these latents need about" in complaints
     assert "to encode" not in said and not (tmp_path / "out").exists()
     small.free += 12 * 400 + 3 * 2**18
+    assert command(*given)[0] == 0
+
+
+def test_two_commands_at_once_do_not_mix(command, given, tmp_path) -> None:
+    split = epath.Path(tmp_path / "out" / "train")
+    with outputs.locked(split, "--out"):  # as the other command holds it
+        code, _, said = command(*given)
+    assert code == 2 and "is in use by another command" in said
+    assert list(split.iterdir()) == []
     assert command(*given)[0] == 0
 
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import jax.numpy as jnp
 import networks
 import numpy as np
 import pytest
@@ -36,7 +37,7 @@ def test_a_folder_is_measured_and_the_factor_found_again(command, own, folder) -
     net = autoencoder.load(str(own))
     crops = [transforms.center_crop(networks.picture(40, 60, i), 32) for i in range(5)]
     x = np.stack(crops).astype(np.float32) / np.float32(127.5) - np.float32(1)
-    z = np.asarray(net.encode(autoencoder.jnp.asarray(x)), np.float64)
+    z = np.asarray(net.encode(jnp.asarray(x)), np.float64)
     assert record["rms"] == pytest.approx(np.sqrt(np.mean(z**2)), rel=1e-6)
     np.testing.assert_allclose(record["std"], z.std(axis=(0, 1, 2)), rtol=1e-6)
     assert record["scaling_factor"] == pytest.approx(1 / record["rms"], rel=1e-12)
