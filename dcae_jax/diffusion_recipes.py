@@ -68,10 +68,20 @@ def usit(model: UViTConfig, name: str) -> RunConfig:
 
 def dit(model: DiTConfig, name: str) -> RunConfig:
     """DiT: epsilon and the variance of the linear betas."""
-    process = ProcessConfig(kind=Kind.ddpm, learn_variance=True)
+    process = ProcessConfig(kind=Kind.ddpm, learn_variance=model.learn_variance)
     optim = OptimConfig(lr=1e-4, schedule=Schedule.constant, groups=[])
     run = _run(DiffuseConfig(model=model, process=process), optim, name, AncestralConfig(), 1.3)
     run.batch, run.steps = 256, 3_000_000
+    return run
+
+
+def sit(model: DiTConfig, name: str) -> RunConfig:
+    """SiT: DiT's recipe on the velocity of the linear path."""
+    run = dit(model, name)
+    run.task.process = ProcessConfig(kind=Kind.flow, predict=Space.v, loss_space=Space.v)
+    for evaluator in run.evals:
+        if isinstance(evaluator, GenerateConfig):
+            evaluator.sampler = Dopri5Config()
     return run
 
 
