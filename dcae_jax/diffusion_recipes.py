@@ -68,7 +68,7 @@ def usit(model: UViTConfig, name: str) -> RunConfig:
 
 def dit(model: DiTConfig, name: str) -> RunConfig:
     """DiT: epsilon and the variance of the linear betas."""
-    process = ProcessConfig(kind=Kind.ddpm, learn_variance=model.learn_variance)
+    process = ProcessConfig(kind=Kind.ddpm, learn_variance=True)
     optim = OptimConfig(lr=1e-4, schedule=Schedule.constant, groups=[])
     run = _run(DiffuseConfig(model=model, process=process), optim, name, AncestralConfig(), 1.3)
     run.batch, run.steps = 256, 3_000_000

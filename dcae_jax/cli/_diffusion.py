@@ -154,6 +154,8 @@ def run_of(said: "Described", name: str) -> "RunConfig":
         Family.sit: recipes.sit,
     }  # fmt: skip
     run = make[said.family](copy.deepcopy(said.cfg), name)
+    if said.family is Family.dit:
+        run.task.process.learn_variance = said.cfg.learn_variance
     for evaluator in run.evals:
         if isinstance(evaluator, GenerateConfig):
             if any(label >= said.cfg.num_classes for label in evaluator.labels):

@@ -10,7 +10,7 @@ import pytest
 import safetensors.numpy
 from etils import epath
 
-from dcae_jax import tree
+from dcae_jax import checkpoint, tree
 from dcae_jax.cli import _diffusion
 from dcae_jax.convert import (
     diffusion_from_torch,
@@ -231,11 +231,52 @@ def test_a_pipeline_folder_names_its_parts(folder, tmp_path):
         ({"out_channels": 3}, "leaves open on which process.*--variant sit"),
         ({"num_layers": 3}, r"transformer_blocks\.2\..*missing"),
         ({"sample_size": 5}, "not a multiple of patch"),
+        ({"num_layers": "2"}, "num_layers = '2' is not a whole number"),
+        ({"norm_eps": None}, "norm_eps = None is not a number"),
+        ({"_dcae_jax_family": "dit-xl"}, "_dcae_jax_family = 'dit-xl' has no counterpart"),
     ],
 )
 def test_fields_without_a_counterpart_are_named(folder, fields, why):
     describe(folder, **fields)
     refused_import(folder, match=rf"(?s){why}")
+
+
+def test_an_import_that_was_killed_is_started_anew_by_the_same_command(monkeypatch, tmp_path):
+    def interrupted(checkpoints, state, meta):
+        (checkpoints.folder / "0.partial").mkdir(parents=True)
+        raise KeyboardInterrupt
+
+    work, ae = tmp_path / "work", narrow.FILES / "dc"
+    command = (
+        "import", "--from", USIT, "--variant", "usit", "--heads", 3, "--autoencoder", ae,
+        "--out", work,
+    )  # fmt: skip
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.Checkpoints, "save", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            narrow.command(*command)
+    to = ("--to", "u_vit", "--out", tmp_path / "out")
+    refused("export", "--workdir", work, *to, match="is unfinished: what wrote it did not end")
+    assert narrow.command(*command) == 0
+    assert {p.name for p in work.iterdir()} == {"checkpoints", "config.json"}
+    assert narrow.command("export", "--workdir", work, *to) == 0
+    refused("export", "--workdir", work, *to, match="exists and is not empty")
+
+
+@pytest.mark.parametrize(
+    ("fields", "why"),
+    [
+        ({}, "a custom model needs its config under the key dcae_jax"),
+        ({"dcae_jax": {"class": "dcae_jax.models.dcae:DCAEConfig"}}, "it is a DCAEConfig"),
+        ({"dcae_jax": {"class": "dcae_jax.models.uvit:UViTConfig"}}, "family = '?' has no counter"),
+    ],
+)
+def test_own_descriptions_that_are_none(fields, why, tmp_path):
+    state = {"model_name": "custom", "family": "?"} | fields
+    (tmp_path / "dit").mkdir()
+    (tmp_path / "dit" / "config.json").write_text(json.dumps(state))
+    shutil.copy(USIT, tmp_path / "dit" / "model.safetensors")
+    refused_import(tmp_path / "dit", match=why.replace("?", r"\?"))
 
 
 # ----------------------------------------------------------------------------------------- exports
@@ -285,6 +326,11 @@ def test_exports_that_cannot_be(tmp_path):
     release = "dc-ae-f32c32-in-1.0-usit-h-in-512px"
     refused(*to, "official", "--variant", release, match="(?s)not the network of.*width: 12, 1152")
     refused(*to, "official", "--variant", "usit-xx", match="no released diffusion model is called")
+    fb = "imagenet256_uvit_huge"
+    refused(*to, "official", "--variant", fb, match="official code knows no network by this name")
+    refused(*to, "u_vit", "--scaling-factor", 0, match=r"--scaling-factor 0\.0 is not positive")
+    raw = ("export", "--workdir", FILES / "dit_diffusers", *out, "--to", "diffusers")
+    refused(*raw, match="a diffusion model in a PyTorch layout; import it first .*and export that")
     for option in (("--to", "u_vit"), ("--to", "diffusers", "--diffusers-times")):
         refused("export", "--workdir", ae, *out, *option, match="is for diffusion models;")
     assert not (tmp_path / "out").exists()
