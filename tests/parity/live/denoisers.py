@@ -33,6 +33,7 @@ WIDTH, HEADS, DEPTH, CLASSES, SIZE, PATCH = 96, 4, 6, 10, 8, 2
 for _name in ("WIDTH", "HEADS", "DEPTH", "CLASSES", "SIZE", "PATCH"):
     setattr(written_out, _name, globals()[_name])
 CHANNELS, BATCH = 4, 3
+HEAD = 0.25  # of DiT's last weights: what is learned of the variance stays between -1 and 1
 LABELS = np.array([3, CLASSES, 7], np.int32)  # 10: no class
 State = dict[str, torch.Tensor]
 Network = Callable[[State, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -114,6 +115,9 @@ def _diffusers_dit(name: str, folder: pathlib.Path) -> Case:
     for key in state:  # trained ones have the same embedders in every block
         if ".norm1.emb." in key:
             state[key].copy_(state[key.replace(f"blocks.{key.split('.')[1]}", "blocks.0")])
+    model.requires_grad_(False)
+    for key in ("proj_out_2.weight", "proj_out_2.bias"):
+        state[key] *= HEAD
     model.save_pretrained(folder)
 
     def network(
@@ -134,6 +138,8 @@ def _written_out(name: str) -> tuple[State, Network, dict[str, Any], str]:
         return state, written_out.uvit, options, "diffusion_model." if official else ""
     written_out.DIT_CHANNELS = CHANNELS
     state = written_out.dit_state()
+    for key in ("final_layer.linear.weight", "final_layer.linear.bias"):
+        state[key] *= HEAD
     if name == "DiT":
         return state, written_out.dit, {"variant": "dit"}, ""
     rows = PATCH**2 * CHANNELS

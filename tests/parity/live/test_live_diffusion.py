@@ -270,7 +270,7 @@ def test_training_loss_of_the_first_step(compare: Any, case: Case) -> None:
     compare(case.name, "step 1", limit, **{"training loss": losses(case, (0, 0, 0))})
 
 
-# ------------------------------------------------------------------------------- whole sampling runs
+# ------------------------------------------------------------------------------ whole sampling runs
 
 LINEAR = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
 SCALED = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
