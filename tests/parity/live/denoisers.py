@@ -2,8 +2,8 @@
 
 DiT is diffusers' own class.  U-ViT and the original DiT and SiT are in no package; they are the
 functions of tests/convert/make_diffusion_torch_files.py, written out from the papers in PyTorch on
-tensors under the names of their authors' code (`make parity OFFICIAL=FOLDER` compares with the
-official classes, too: test_live_diffusion_official.py).
+tensors under the names of their authors' code.  `make parity OFFICIAL=FOLDER` compares with the
+official classes, too, where official_diffusion.py finds what they need.
 """
 
 import functools
@@ -16,6 +16,7 @@ import diffusers
 import jax
 import jax.numpy as jnp
 import numpy as np
+import official_diffusion
 import original
 import safetensors.torch
 import torch
@@ -37,7 +38,11 @@ HEAD = 0.25  # of DiT's last weights: what is learned of the variance stays betw
 LABELS = np.array([3, CLASSES, 7], np.int32)  # 10: no class
 State = dict[str, torch.Tensor]
 Network = Callable[[State, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-NAMES = ("DiT, diffusers", "DiT", "SiT", "U-ViT", "USiT")
+OFFICIAL = {"official UViT": "uvit", "official USiT": "usit", "official DiT": "dit"}
+NAMES = (
+    "DiT, diffusers", "DiT", "SiT", "U-ViT", "USiT",
+    *(OFFICIAL if official_diffusion.is_here() else ()),
+)  # fmt: skip
 
 
 class Case(NamedTuple):
@@ -91,7 +96,8 @@ def build(name: str, folder: pathlib.Path) -> Case:
     if name == "DiT, diffusers":
         return _diffusers_dit(name, folder)
     torch.manual_seed(len(name))
-    state, network, options, prefix = _written_out(name)
+    make = _official if name in OFFICIAL else _written_out
+    state, network, options, prefix = make(name)
     folder.mkdir()
     file = folder / "model.safetensors"
     safetensors.torch.save_file({prefix + key: v for key, v in state.items()}, file)
@@ -146,6 +152,30 @@ def _written_out(name: str) -> tuple[State, Network, dict[str, Any], str]:
     for key in ("final_layer.linear.weight", "final_layer.linear.bias"):
         state[key] = state[key][:rows].clone()
     return state, written_out.dit, {"variant": "sit"}, ""
+
+
+def _official(name: str) -> tuple[State, Network, dict[str, Any], str]:
+    """The same of an official class, which takes the tensors under its own names."""
+    family = OFFICIAL[name]
+    model = official_diffusion.build(
+        family, in_channels=CHANNELS, input_size=SIZE, patch_size=PATCH, hidden_size=WIDTH,
+        depth=DEPTH, num_heads=HEADS, num_classes=CLASSES,
+    )  # fmt: skip
+    fixed = {"pos_embed": model.pos_embed.clone()} if family == "dit" else {}
+    state = original.fill(model).state_dict()
+    for key, value in fixed.items():
+        state[key].copy_(value)
+    for key in (k for k in state if k.startswith("final_layer.linear.")):
+        state[key] *= HEAD
+
+    def network(
+        state: State, x: torch.Tensor, t: torch.Tensor, label: torch.Tensor
+    ) -> torch.Tensor:
+        model.forward = model.forward_without_cfg
+        found = functional_call(model, state, (x, t, label))
+        return found[0] if isinstance(found, tuple) else found
+
+    return dict(state), network, {"variant": family}, "diffusion_model."
 
 
 # --------------------------------------------------------------------------------------- gradients
