@@ -209,9 +209,11 @@ def test_a_folder_that_was_written_is_read_bit_for_bit(name, layout, tmp_path):
 
 @pytest.mark.parametrize(
     "name",
-    ["dit_diffusers", "dit", pytest.param("uvit_ema", marks=pytest.mark.slow),
-     pytest.param("usit_official", marks=pytest.mark.slow)],
-)  # fmt: skip
+    [
+        "dit_diffusers",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("dit", "uvit_ema", "usit_official")),
+    ],
+)
 def test_import_and_export_give_back_the_very_tensors(name, tmp_path):
     file, _, more, layout = CASES[name]
     work, out, ae = tmp_path / "work", tmp_path / "out", tmp_path / "ae"
@@ -436,6 +438,7 @@ def test_an_import_samples(work, tmp_path):
     assert len(set(shown)) == 8 and (tmp_path / "out" / "grid.png").exists()
 
 
+@pytest.mark.slow
 def test_a_dit_goes_to_diffusers_when_told_to_with_the_cost_said(tmp_path, capsys):
     ae = narrow.every()["kl"]
     ae.latent_channels = 3
@@ -490,6 +493,7 @@ def test_what_a_release_tells_needs_no_options():
     assert Manifest.from_json(json.loads(json.dumps(manifest.to_json()))) == manifest
 
 
+@pytest.mark.slow
 def test_an_official_file_gives_its_autoencoder_when_asked(tmp_path):
     ae = narrow.export(narrow.every()["dc-ae-f32c32-in-1.0"], Layout.official, tmp_path / "ae")
     both = {f"autoencoder.{k}": v for k, v in read_state_dict(ae / "model.safetensors").items()}

@@ -241,6 +241,7 @@ def test_fields_without_a_counterpart_are_named(folder, fields, why):
     refused_import(folder, match=rf"(?s){why}")
 
 
+@pytest.mark.slow
 def test_an_import_that_was_killed_is_started_anew_by_the_same_command(monkeypatch, tmp_path):
     def interrupted(checkpoints, state, meta):
         (checkpoints.folder / "0.partial").mkdir(parents=True)
