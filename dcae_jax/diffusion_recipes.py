@@ -74,7 +74,7 @@ def uvit(model: UViTConfig, name: str) -> RunConfig:
     return _run(DiffuseConfig(model=model), optim, name, DPMFastConfig(), guidance=1.5)
 
 
-def usit(model: UViTConfig, name: str, guidance: float) -> RunConfig:
+def usit(model: UViTConfig, name: str, guidance: float = 1.2) -> RunConfig:
     """USiT: the velocity of the linear path."""
     optim = OptimConfig(lr=1e-4, beta1=0.99, beta2=0.99, warmup_steps=5000, groups=[])
     process = ProcessConfig(kind=Kind.flow, predict=Space.v, loss_space=Space.v)
@@ -82,13 +82,23 @@ def usit(model: UViTConfig, name: str, guidance: float) -> RunConfig:
     return _run(task, optim, name, Dopri5Config(), guidance)
 
 
-def dit(model: DiTConfig, name: str, guidance: float) -> RunConfig:
+def dit(model: DiTConfig, name: str, guidance: float = 1.5) -> RunConfig:
     """DiT: epsilon and the variance of the linear betas."""
     process = ProcessConfig(kind=Kind.ddpm, learn_variance=True)
     optim = OptimConfig(lr=1e-4, schedule=Schedule.constant, groups=[])
     task = DiffuseConfig(model=model, process=process)
     run = _run(task, optim, name, AncestralConfig(), guidance)
     run.batch, run.steps = 256, 3_000_000
+    return run
+
+
+def sit(model: DiTConfig, name: str, guidance: float = 1.5) -> RunConfig:
+    """SiT: DiT's recipe on the velocity of the linear path."""
+    run = dit(model, name, guidance)
+    run.task.process = ProcessConfig(kind=Kind.flow, predict=Space.v, loss_space=Space.v)
+    for evaluator in run.evals:
+        if isinstance(evaluator, GenerateConfig):
+            evaluator.sampler = Dopri5Config()
     return run
 
 

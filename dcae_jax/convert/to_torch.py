@@ -86,7 +86,7 @@ def fill(export: Export, out: epath.Path) -> None:
     )
     leaves = _rounded(export)
     rows = _rows(export, leaves)
-    folder.require_room(out, sum(_bytes(row) for row in rows))
+    folder.require_room(out, sum(row.bytes for row in rows))
     parity = run(export.cfg, tree.unflatten(leaves), example(export.cfg))
     with folder.writing(out):
         with (out / WEIGHTS[export.layout]).open("wb") as file:
@@ -108,9 +108,10 @@ class Row(NamedTuple):
     shape: tuple[int, ...]
     read: Callable[[], np.ndarray]
 
-
-def _bytes(row: Row) -> int:
-    return DTYPES[row.dtype][0].itemsize * math.prod(row.shape)
+    @property
+    def bytes(self) -> int:
+        """How many bytes it takes."""
+        return DTYPES[self.dtype][0].itemsize * math.prod(self.shape)
 
 
 def write_safetensors(file: io.IOBase, rows: list[Row]) -> None:
@@ -133,7 +134,7 @@ def write_header(file: io.IOBase, rows: list[Row]) -> int:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for row in _ordered(rows):
-        start, end = end, end + _bytes(row)
+        start, end = end, end + row.bytes
         header[row.key] = {
             "dtype": DTYPES[row.dtype][1],
             "shape": row.shape,

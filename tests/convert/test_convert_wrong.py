@@ -283,7 +283,7 @@ def described(tmp_path, release, layout, named=None):
         return from_torch._describe(None, tensors, named, str(path))
 
 
-@pytest.mark.parametrize("layout", list(Layout))
+@pytest.mark.parametrize("layout", names.AUTOENCODER_LAYOUTS)
 def test_a_bare_file_that_fits_one_release_has_its_network_but_perhaps_other_weights(
     tmp_path, layout
 ):
