@@ -117,7 +117,7 @@ def test_config_fields_that_the_readme_shows_exist():
     from dcae_jax.errors import UserError
 
     paths = sorted((ROOT / "configs").glob("*.py"))
-    phased = [p for p in paths if not p.stem.startswith(("paper_", "demo_diffusion"))]
+    phased = [p for p in paths if not p.stem.startswith(("paper_", "modern_", "demo_diffusion"))]
     cfgs = [flags.load(f"{p}:phase3" if p in phased else str(p)) for p in paths]
     named = set(re.findall(r"--config\.([\w.\[\]]+)", text("README.md")))
     assert named
