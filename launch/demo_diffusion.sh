@@ -48,5 +48,5 @@ part "diffusion" "$python" "$here/main.py" --config="$here/configs/demo_diffusio
 # The folder is named after the step: trained further, the run gets new samples beside the old ones.
 steps=$(sed -n 's/^  "steps": \([0-9]*\).*/\1/p' "$workdir/summary.json")
 part "samples" "$python" -m dcae_jax sample --from "$workdir" --n 64 \
-  --sampler dpm_2m --steps 20 --cfg 2 --out "$workdir/samples-$steps"
+  --out "$workdir/samples-$steps"
 part "report" "$python" -m dcae_jax report --workdir "$workdir"

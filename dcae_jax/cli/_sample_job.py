@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from dcae_jax.diffusion.guidance import GuidanceConfig
     from dcae_jax.diffusion.process import ProcessConfig
     from dcae_jax.diffusion.samplers import SamplerConfig
+    from dcae_jax.evals.class_scores import ClassScoresConfig
     from dcae_jax.evals.generate import GenerateConfig
     from dcae_jax.tasks.diffuse import DiffuseConfig
 
@@ -179,11 +180,12 @@ def weights_record(model: Model) -> dict[str, Any]:
 # ----------------------------------------------------------------------------- sampler and guidance
 
 
-def _grid_config(run: "RunConfig") -> "GenerateConfig | None":
+def _grid_config(run: "RunConfig") -> "GenerateConfig | ClassScoresConfig | None":
     """What makes the run's own grids."""
+    from dcae_jax.evals.class_scores import ClassScoresConfig
     from dcae_jax.evals.generate import GenerateConfig
 
-    return next((e for e in run.evals if isinstance(e, GenerateConfig)), None)
+    return next((e for e in run.evals if isinstance(e, GenerateConfig | ClassScoresConfig)), None)
 
 
 def _published(process: "ProcessConfig") -> "tuple[SamplerConfig, float]":
