@@ -76,6 +76,9 @@ def train(
     with jax.set_mesh(mesh), _disk_errors(path), provenance.lock(path):
         if provenance.is_finished(path, cfg, force):
             say(f"{path}: already finished; nothing to do (summary.json is there)")
+            report = path / "report.html"
+            if distributed.is_main() and not report.exists():  # killed while it was written
+                html.build_report([path], report)
             return DONE
         return _work(_start(cfg, path, mesh, preemption, force))
 
