@@ -106,6 +106,8 @@ def load(
     """
     path = checkpoint.absolute(source)
     if path.is_dir() and checkpoint.has_steps(path):
+        if part is not None:
+            raise UserError(f"--part {part}: {path} is a workdir; --params chooses its weights")
         return _from_run(source, weights)
     return imported(from_torch.load(source, variant, part, also="a workdir, "))
 

@@ -74,7 +74,7 @@ def _cost(
 ) -> list[str]:
     """FLOPs of a step, counted on its jaxpr; compiles nothing."""
     batch = train.abstract_batch(cfg, mesh)
-    constants = jax.eval_shape(task.abstract_constants)
+    constants = task.abstract_constants()
     arguments = state, constants, batch
     whole = flops.count(
         lambda s, c, b: step.train_step(task, cfg, task.static(0), s, c, b), *arguments

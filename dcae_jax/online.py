@@ -92,7 +92,7 @@ class OnlineDataConfig:
         Means and deviations are () where `latent-stats` did not measure them.
         """
         net = self._net()
-        self._check_shape(net)
+        self._check_shape(net.model)
         if net.scaling_factor is None:
             raise UserError(
                 f"the scaling factor of {self.autoencoder} is not known ({net.factor_origin}). "
@@ -120,6 +120,7 @@ class OnlineDataConfig:
 
     def abstract_encoder(self) -> Tree:
         """Their shapes; of a release without its weights."""
+        self._check_shape(self._model())
         return _encoder_half(abstract_variables(self._model()))
 
     def gaussian(self) -> bool:
@@ -162,8 +163,8 @@ class OnlineDataConfig:
         release = releases.named(self.autoencoder)
         return releases.RELEASES[release].config() if release else self._net().model
 
-    def _check_shape(self, net: Frozen) -> None:
-        found = net.model.latent_shape(self.resolution, self.resolution)
+    def _check_shape(self, model: AutoencoderConfig) -> None:
+        found = model.latent_shape(self.resolution, self.resolution)
         if self.shape and tuple(self.shape) != found:
             raise UserError(
                 f"{self.autoencoder} gives latents {found} of {self.resolution} px, but the "

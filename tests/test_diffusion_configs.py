@@ -1,6 +1,7 @@
 """Configs of diffusion: what was published is in them, and --dry_run says what a run costs."""
 
 import math
+import pathlib
 import re
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from dcae_jax import config, diffusion_recipes, flags, inspect
 from dcae_jax.diffusion.process import Kind, Space, TimeDraw
 from dcae_jax.diffusion.samplers import AncestralConfig, Dopri5Config, DPMFastConfig
+from dcae_jax.errors import UserError
 from dcae_jax.models import dit, uvit
 from dcae_jax.models.transformer import MLPKind
 from dcae_jax.tasks.diffuse import LatentNorm
@@ -74,6 +76,19 @@ def test_dry_run_of_online_encoding_counts_the_frozen_encoder_once(capsys):
     assert encoder == pytest.approx(2105, rel=0.02)
     assert step - encoder == pytest.approx(3 * (forward - encoder), rel=0.01)
     assert "512 px, encoded in the step to 8 x 8 x 128" in text
+
+
+def test_dry_run_of_online_encoding_with_an_autoencoder_of_ones_own(capsys):
+    """A folder (or a workdir) is read for its config; another latent than asked for is refused."""
+    cfg = load("modern_usit", "s,f32,online")
+    cfg.data.autoencoder = str(pathlib.Path(__file__).parent / "convert" / "files" / "dc")
+    with pytest.raises(UserError, match=r"latents \(128, 128, 4\) of 512 px, but the network"):
+        inspect.dry_run(cfg)
+    cfg.data.images.resolution = 32
+    cfg.task.model.in_channels, cfg.task.model.input_size = 4, (8, 8)
+    cfg.data.shape = (8, 8, 4)
+    assert inspect.dry_run(cfg) == 0
+    assert "32 px, encoded in the step to 8 x 8 x 4" in capsys.readouterr().out
 
 
 # (config, argument): batch, lr, weight decay, betas, warm-up, steps, guidance, sampler, process.

@@ -11,12 +11,11 @@ import pytest
 import runs
 import tiny
 from diffusing import make
-from PIL import Image
 
-from dcae_jax import config, sharding
-from dcae_jax.cli import sample
+from dcae_jax import config, rng, sharding
 from dcae_jax.data.latents import LatentDataConfig
 from dcae_jax.data.pipeline import DataConfig
+from dcae_jax.diffusion import samplers
 from dcae_jax.diffusion.guidance import GuidanceConfig
 from dcae_jax.diffusion.process import Kind, ProcessConfig, Space
 from dcae_jax.diffusion.samplers import AncestralConfig, DPM2MConfig, DPMFastConfig
@@ -92,40 +91,41 @@ def test_the_loss_of_a_perfect_network_is_zero(cache, monkeypatch):
     np.testing.assert_allclose(losses, 0, atol=1e-9)
 
 
-def test_sample_draws_the_same_pictures_in_any_batch_and_goes_on(whole, tmp_path, capsys):
-    out = tmp_path / "a"
-    base = ["--from", str(whole), "--n", "6", "--classes", "1,0", "--steps", "3", "--cfg", "2"]
-    assert sample.main([*base, "--out", str(out), "--batch", "8", "--npz"]) == 0
-    pictures = {p.name: p.read_bytes() for p in out.glob("images/0*.png")}
-    assert len(pictures) == 6 and (out / "grid.png").exists()
-    stored = np.load(out / "samples.npz")["arr_0"]
-    assert stored.shape == (6, 16, 16, 3)
-    np.testing.assert_array_equal(stored[3], np.asarray(Image.open(out / "images" / "000003.png")))
-    # Continued: a torn picture and a missing one are drawn again, the same ones.
-    (out / "images" / "000004.png").unlink()
-    (out / "images" / "000002.png").write_bytes(pictures["000002.png"][:40])
-    assert sample.main([*base, "--out", str(out), "--batch", "8"]) == 0
-    assert {p.name: p.read_bytes() for p in out.glob("images/0*.png")} == pictures
-    with pytest.raises(UserError, match="samples made with another guidance"):
-        sample.main([*base[:-1], "1", "--out", str(out)])
-    assert json.loads((out / "sample.json").read_text())["classes"] == [1, 0]
+def test_labels_are_dropped_as_often_as_asked():
+    cfg = make(**{"task.label_dropout": 0.25, "evals": []})
+    n = 20_000
+    labels = jnp.arange(n) % 2
+    batch = {"latent": jnp.zeros((n, 4, 4, 4)), "label": labels}
+    found = cfg.task.build(cfg).prepare(jax.random.key(0), batch, jnp.int32(0), ())
+    new = np.asarray(found.examples["label"])
+    dropped = new == cfg.task.model.num_classes
+    np.testing.assert_array_equal(new[~dropped], np.asarray(labels)[~dropped])
+    for of_class in (dropped[::2], dropped[1::2]):  # five standard deviations of 10,000 draws
+        assert abs(of_class.mean() - 0.25) < 5 * np.sqrt(0.25 * 0.75 / (n / 2))
 
 
-def test_mistakes_at_the_command_line(whole, cache, workdir, tmp_path):
-    base = ["--from", str(whole), "--out", str(tmp_path / "x")]
-    for options, said in (
-        (["--classes", "2"], "class 2 does not exist; the network knows 0..1"),
-        (["--classes", "a"], "no class number"),
-        (["--sampler", "ddmp"], "there are ddpm, ddim"),
-        (["--sampler", "ddpm"], "does not fit the flow"),
-        (["--steps", "0"], "1 or more"),
-        (["--cfg", "-1"], "guidance.scale"),
-    ):
-        with pytest.raises(UserError, match=said):
-            sample.main([*base, *options])
-    with pytest.raises(UserError, match="not of a diffusion model"):
-        sample.main(["--from", str(workdir), "--out", str(tmp_path / "x")])
-    assert not list(tmp_path.glob("x/images/*.png"))
+def test_validation_losses_fall_into_the_bins_of_their_times():
+    """Against one example at a time, binned by numpy."""
+    cfg = make()
+    task, mesh = cfg.task.build(cfg), sharding.make_mesh(cfg.mesh, jax.devices()[:1])
+    evaluator = ValLossConfig(data=cfg.evals[0].data, bins=4).build(cfg, task, mesh)
+    params, stats = task.init(jax.random.key(1))
+    variables = Variables(params, stats, task.constants(training=False))
+    latent = 5 * jax.random.normal(jax.random.key(2), (12, 4, 4, 4))
+    batch = {"latent": latent, "label": jnp.arange(12) % 2, "mask": jnp.arange(12.0) < 11}
+    sums, counts = evaluator._sums(variables, batch, jnp.int32(100))
+    key = rng.key(cfg.seed, 0, "validation")
+    want = np.zeros((2, 4))
+    for i in range(11):
+        time = task.process.draw_times(jax.random.fold_in(key, 100 + i), ())[None]
+        noise = samplers.initial_noise(key, jnp.array([100 + i]), (4, 4, 4))
+        example = {"latent": latent[i : i + 1], "label": batch["label"][i : i + 1]}
+        loss = task.losses(variables, example | {"noise": noise, "time": time})
+        which = np.digitize(float(time[0]), [0.25, 0.5, 0.75])
+        want[:, which] += float(loss[0]), 1
+    assert (want[1] > 0).sum() >= 3, "the times fill the bins"
+    np.testing.assert_array_equal(counts, want[1])
+    np.testing.assert_allclose(sums, want[0], rtol=1e-5)  # batch of 12 against batches of 1
 
 
 def test_a_network_that_does_not_know_all_classes_is_refused(cache):

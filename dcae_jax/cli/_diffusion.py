@@ -200,6 +200,8 @@ def is_run(workdir: str, part: str | None) -> bool:
 
     path = checkpoint.absolute(workdir)
     if path.is_dir() and checkpoint.has_steps(path):
+        if part is not None:
+            raise UserError(f"--part {part}: {path} is a workdir; --params chooses its weights")
         task = config.from_json(checkpoint.source_meta(workdir, "--workdir")["config"]).task
         return isinstance(task, DiffuseConfig)
     if diffusion_from_torch.recognises(workdir, part, also="a workdir, "):

@@ -164,11 +164,7 @@ def _kept(export: ExportDiffusion, entry: Entry, leaf: Any) -> Any:
         dtype = DTYPES[export.dtype_of(key)][0]
         with np.errstate(over="ignore"):
             kept = tensors[key].astype(dtype)
-        if not np.isfinite(kept.astype(np.float32)).all():
-            raise UserError(
-                f"{entry.path} has values up to {float(abs(tensors[key]).max()):.3g}, which "
-                f"{dtype} cannot hold; use --dtype bfloat16 or float32"
-            )
+        names.check_held(entry, tensors[key], kept)
         return kept
 
     return jax.device_put(names.assembled(entry, leaf.shape, read))

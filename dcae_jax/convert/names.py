@@ -437,6 +437,16 @@ def layout_of(keys: Iterable[str]) -> Layout | None:
     return None
 
 
+def check_held(entry: Entry, exact: np.ndarray, kept: np.ndarray) -> None:
+    """UserError if finite values became infinite by rounding; NaN and infinity stay themselves."""
+    lost = np.isfinite(exact) & ~np.isfinite(kept.astype(np.float32))
+    if lost.any():
+        raise UserError(
+            f"{entry.path} has values up to {float(abs(exact[lost]).max()):.3g}, which "
+            f"{kept.dtype} cannot hold; use --dtype bfloat16 or float32"
+        )
+
+
 def not_finite(entries: Sequence[Entry], leaves: Mapping[str, Any]) -> str:
     """Says which tensors of a table hold NaN or infinity; "" if none does."""
     bad = [part for e in entries for part in _not_finite(e, leaves[e.path])]

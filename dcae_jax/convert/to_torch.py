@@ -23,7 +23,6 @@ from dcae_jax.config import JSONValue
 from dcae_jax.convert import folder, layouts, names, releases
 from dcae_jax.convert.folder import CONFIG
 from dcae_jax.convert.names import AnyConfig, Entry, Layout
-from dcae_jax.errors import UserError
 from dcae_jax.models.kl_vae import KLVAEConfig
 from dcae_jax.models.layers import Dtype
 from dcae_jax.nets.torch_file import SAFE_DTYPES
@@ -178,11 +177,8 @@ def _kept(export: Export, entry: Entry, leaf: Any) -> Any:
     parts = names.to_torch(entry, np.asarray(leaf))
     with np.errstate(over="ignore"):
         kept = [part.astype(dtype) for part, dtype in zip(parts, dtypes, strict=True)]
-    if not all(np.isfinite(part.astype(np.float32)).all() for part in kept):
-        raise UserError(
-            f"{entry.path} has values up to {float(abs(leaf).max()):.3g}, which {dtypes[0]} cannot "
-            "hold; use --dtype bfloat16 or float32"
-        )
+    for part, rounded in zip(parts, kept, strict=True):
+        names.check_held(entry, part, rounded)
     return jax.device_put(names.from_torch(entry, kept))
 
 

@@ -27,15 +27,7 @@ from jaxtyping import Float, Float64, Int, UInt8
 from dcae_jax.config import InitWeights, RunConfig
 from dcae_jax.data.latents import LatentDataConfig, Manifest
 from dcae_jax.diffusion.guidance import GuidanceConfig
-from dcae_jax.diffusion.samplers import (
-    AncestralConfig,
-    DDIMConfig,
-    Dopri5Config,
-    DPM2MConfig,
-    DPMFastConfig,
-    EulerConfig,
-    HeunConfig,
-)
+from dcae_jax.diffusion.samplers import DPMFastConfig, SamplerConfig
 from dcae_jax.errors import UserError
 from dcae_jax.evals import frechet, generate
 from dcae_jax.evals.base import Report, variables_of
@@ -65,10 +57,7 @@ class ClassScoresConfig:
     n: int = 64  # samples, the classes in turn
     held_out: int = 1024  # latents of `data`, at most
     training: int = 8192  # latents of the run's own cache, at most; mirror images are not searched
-    sampler: (
-        DPMFastConfig | AncestralConfig | DDIMConfig | EulerConfig | HeunConfig | DPM2MConfig
-        | Dopri5Config
-    ) = field(default_factory=DPMFastConfig)  # fmt: skip
+    sampler: SamplerConfig = field(default_factory=DPMFastConfig)
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
     batch: int = 32  # samples at once, over all devices
     pictures: int = 4  # samples of a class in the picture, each beside its nearest training latent

@@ -16,16 +16,7 @@ from dcae_jax.config import InitWeights, RunConfig
 from dcae_jax.data import latents
 from dcae_jax.diffusion.guidance import GuidanceConfig
 from dcae_jax.diffusion.process import ProcessConfig
-from dcae_jax.diffusion.samplers import (
-    AncestralConfig,
-    DDIMConfig,
-    Dopri5Config,
-    DPM2MConfig,
-    DPMFastConfig,
-    EulerConfig,
-    HeunConfig,
-    SamplerConfig,
-)
+from dcae_jax.diffusion.samplers import DPMFastConfig, SamplerConfig
 from dcae_jax.errors import UserError
 from dcae_jax.evals import metrics
 from dcae_jax.evals.base import Report, variables_of
@@ -42,10 +33,7 @@ class GenerateConfig:
     """A grid of samples: one row for each class, the same noise every time."""
 
     name: str = "samples"
-    sampler: (
-        DPMFastConfig | AncestralConfig | DDIMConfig | EulerConfig | HeunConfig | DPM2MConfig
-        | Dopri5Config
-    ) = field(default_factory=DPMFastConfig)  # fmt: skip
+    sampler: SamplerConfig = field(default_factory=DPMFastConfig)
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
     labels: tuple[int, ...] = ()  # (): up to 8 classes, spread over all
     per_label: int = 4

@@ -25,7 +25,10 @@ from dcae_jax.tree import Tree
 
 @dataclass(slots=True)
 class ValLossConfig:
-    """The training loss, without label dropout, on the first `n` latents of a split."""
+    """The training loss, without label dropout, on the first `n` latents of a split.
+
+    Of Gaussian latents it takes the means, where training draws samples.
+    """
 
     name: str = ""  # "": latents and split, e.g. latents-test
     data: LatentDataConfig | OnlineDataConfig = field(
@@ -91,13 +94,11 @@ class ValLoss:
 
     def _check_encoder(self) -> None:
         """UserError if the latents are of another encoder than those of the run."""
-        if not isinstance(self.cfg.data, LatentDataConfig):
-            return  # images are encoded by the run's own
         mine, other = (data.manifest().encoder for data in (self._run.data, self.cfg.data))
         if mine and other and mine != other:  # "": not known of imported weights
             raise UserError(
-                f"evals: {self.cfg.name}: the latents in {self.cfg.data.path} are of encoder "
-                f"{other[:16]}, those of the run of {mine[:16]}; name a cache of the same encoder"
+                f"evals: {self.cfg.name}: its latents are of encoder {other[:16]}, those of the "
+                f"run of {mine[:16]}; name a cache, or an autoencoder, with the same encoder"
             )
 
     def baselines(self) -> dict[str, dict[str, float]]:

@@ -107,6 +107,8 @@ def open_tensors(path: epath.PathLike, part: str | None = None) -> Iterator[Tens
     with path.open("rb") as file:
         with _readable(path):
             if path.suffix == ".safetensors":
+                if part is not None:
+                    raise UserError(f"{path} has no parts such as {part!r}; leave out --part")
                 opened = _open_safetensors(path, file)
             else:
                 opened = _open_pickled(path, file, part)

@@ -74,7 +74,7 @@ class Task(Protocol):
         ...
 
     def abstract_constants(self) -> Tree:
-        """Shapes of `constants`, without the files."""
+        """Shapes (`jax.ShapeDtypeStruct`) of `constants`, without the files."""
         ...
 
     def shapes(self, spatial: int) -> list[str]:

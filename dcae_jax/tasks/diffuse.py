@@ -227,9 +227,9 @@ class DiffuseTask:
 
     def abstract_constants(self) -> Tree:
         """Shapes of `constants`, without a cache."""
-        row = jnp.zeros((self.cfg.model.in_channels,))
+        row = jax.ShapeDtypeStruct((self.cfg.model.in_channels,), jnp.float32)
         online = isinstance(self.run.data, Encodes)
-        more = {"encoder": _zeros(self.run.data.abstract_encoder())} if online else {}
+        more = {"encoder": self.run.data.abstract_encoder()} if online else {}
         return {"norm": Normalisation(row, row), **more}
 
     def shapes(self, spatial: int) -> list[str]:
@@ -345,15 +345,13 @@ class DiffuseTask:
         rms = metrics["latent_ms"] ** 0.5
         if RMS_RANGE[0] <= rms <= RMS_RANGE[1]:
             return []
+        mend = "make the cache again, or set task.latent_norm=channel"
+        if isinstance(self.run.data, Encodes):
+            mend = "measure it: python -m dcae_jax latent-stats --from AUTOENCODER"
         return [
-            f"the RMS of the normalised latents is {rms:.3g}, far from 1: the cache's scaling "
-            "factor is not that of these latents; make the cache again, or latent_norm=channel"
+            f"the RMS of the normalised latents is {rms:.3g}, far from 1: the scaling factor is "
+            f"not that of these latents; {mend}"
         ]
-
-
-def _zeros(shapes: Tree) -> Tree:
-    """Arrays of these shapes; under `jax.eval_shape` they take no memory."""
-    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
 
 def normalisation(kind: LatentNorm, manifest: LatentStats) -> Normalisation:

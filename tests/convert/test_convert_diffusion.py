@@ -241,10 +241,12 @@ def test_import_and_export_give_back_the_very_tensors(name, tmp_path):
         }
 
 
-def test_nan_is_taken_with_a_warning_that_names_the_layer(tmp_path):
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_nan_is_taken_with_a_warning_that_names_the_layer(tmp_path, dtype):
     values = weights(CONFIGS["sit patches"])
     values["params/blocks/mlp/fc1/kernel"][1, 0, 0] = np.nan
-    out = export("sit patches", Layout.dit, tmp_path / "out", variables=tree.unflatten(values))
+    made = {"variables": tree.unflatten(values), "dtype": dtype}
+    out = export("sit patches", Layout.dit, tmp_path / "out", **made)
     (note,) = [n for n in diffusion_from_torch.load(str(out)).notes if "NaN" in n]
     assert note == ("WARNING: NaN or infinity in 1 tensor(s); the first is blocks.1.mlp.fc1.weight")
 

@@ -96,6 +96,14 @@ def test_what_tensors_leave_open_is_asked_for(tmp_path):
     refused_import(FILES / "uvit_ema.pth", "--heads", 3, match="--autoencoder")
 
 
+def test_a_part_of_what_has_none_is_refused(tmp_path):
+    refused_import(USIT, "--part", "nonsense", match="has no parts such as 'nonsense'; leave out")
+    with pytest.raises(UserError, match="is a workdir; --params chooses its weights"):
+        workdir = tmp_path / "checkpoints" / "0"
+        workdir.mkdir(parents=True)
+        _diffusion.is_run(str(tmp_path), "ema")
+
+
 def test_candidates_are_named_with_their_size_and_releases():
     cfg = releases.DIFFUSION["dc-ae-f32c32-in-1.0-usit-h-in-512px"].config()
     shapes = {

@@ -49,6 +49,7 @@ ORDERS = [
     (Kind.flow, HeunConfig(), 2, (32, 64, 128, 256, 512)),
     (Kind.scaled_linear, DPM2MConfig(end=0.05), 2, (32, 64, 128, 256, 512)),
     (Kind.ddpm, DPM2MConfig(end=0.05), 2, (32, 64, 128, 256, 512)),
+    (Kind.flow, DPM2MConfig(end=0.05), 2, (32, 64, 128, 256, 512)),
     # 3 k + 2 calls: a last step of order 2 has an error of h^3 and leaves 3 whole.
     (Kind.scaled_linear, DPMFastConfig(end=0.1), 3, (62, 122, 242, 482, 962)),
     # 3 k + 1 and 3 k calls end in one step of order 1: h^2, as the published run of 30 calls.
@@ -70,6 +71,23 @@ def test_order_of_convergence(kind, cfg, order, steps):
     slope = -np.polyfit(np.log(steps), np.log(errors), 1)[0]
     assert abs(slope - order) < 0.2, (slope, errors)
     assert 1e-12 < errors[-1] < 0.01
+
+
+@pytest.mark.slow  # four programs of diffrax
+@pytest.mark.parametrize("kind", [Kind.flow, Kind.scaled_linear])
+def test_the_error_of_dopri5_is_proportional_to_its_tolerance(kind):
+    """Steps have a local error of h^5 (the estimate) and leave one of h^5 in the end: power 1."""
+    end, tolerances = (0.0 if kind is Kind.flow else 0.05), (1e-6, 1e-7, 1e-8, 1e-9)
+    with jax.enable_x64(True):
+        p = process(kind)
+        x1 = jnp.linspace(-2.0, 2.0, 6, dtype=jnp.float64).reshape(3, 2, 1, 1)
+        exact = ode_end(p, x1, end)
+        errors = [
+            float(jnp.abs(run(Dopri5Config(r, r, end=end), p, denoiser(p), x1=x1).x0 - exact).max())
+            for r in tolerances
+        ]
+    power = np.polyfit(np.log(tolerances), np.log(errors), 1)[0]
+    assert abs(power - 1) < 0.2, (power, errors)
 
 
 @pytest.mark.parametrize("kind", list(Kind))
