@@ -67,7 +67,8 @@ def get_config() -> RunConfig:
         evals=[
             ValLossConfig(data=LatentDataConfig(split="test", flip=False), n=256, every=300),
             ClassScoresConfig(
-                sampler=DPM2MConfig(steps=20), guidance=GuidanceConfig(scale=2.0), every=300
+                sampler=DPM2MConfig(steps=20), guidance=GuidanceConfig(scale=2.0), every=300,
+                pictures=8,  # all 64 samples
             ),
         ],
     )  # fmt: skip

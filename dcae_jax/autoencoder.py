@@ -22,10 +22,12 @@ from dcae_jax import checkpoint
 from dcae_jax import config as config_lib
 from dcae_jax.config import InitWeights, JSONValue
 from dcae_jax.convert import from_torch
+from dcae_jax.data.latents import Manifest
 from dcae_jax.errors import UserError
 from dcae_jax.models.dcae import DCAEConfig, abstract_variables
 from dcae_jax.models.kl_vae import KLVAEConfig
 from dcae_jax.models.layers import Dtype
+from dcae_jax.step import ema_name
 from dcae_jax.tasks.autoencode import AutoencodeConfig
 from dcae_jax.tree import Tree
 
@@ -170,6 +172,40 @@ def decoder_digest(variables: Tree) -> str:
 def _digest(variables: Tree, half: str) -> str:
     part = {name: tree[half] for name, tree in variables.items() if half in tree}
     rows = checkpoint.leaf_table(part)
+    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
+
+
+def require_current(manifest: Manifest) -> None:
+    """UserError if the run that made a cache is here and has another encoder by now.
+
+    It reads the digests that the checkpoint records, no weights; weights in a PyTorch layout, and
+    those on the hub, do not change under their name.
+    """
+    path = checkpoint.absolute(manifest.autoencoder)
+    if not (manifest.encoder and path.is_dir() and checkpoint.has_steps(path)):
+        return
+    meta = checkpoint.source_meta(manifest.autoencoder)
+    found = _recorded_digest(meta, InitWeights(manifest.weights))
+    if found != manifest.encoder:
+        raise UserError(
+            f"the cached latents are stale: their encoder is {manifest.encoder[:16]} "
+            f"({manifest.description}), and {manifest.autoencoder} has {found[:16]} now (step "
+            f"{meta['step']}). Cache the latents of this one (python -m dcae_jax cache-latents, "
+            "another --out), or put back the autoencoder that they were made with"
+        )
+
+
+def _recorded_digest(meta: checkpoint.Meta, weights: InitWeights) -> str:
+    """`encoder_digest` of a checkpoint's weights, from its table of leaves."""
+    saved, rows = meta["leaves"], {}
+    ema = weights is InitWeights.ema and "ema" in saved
+    name = ema_name(meta["config"]["ema"]["decays"][0]) if ema else ""
+    for kind, ours in (("params", "params"), ("stats", "batch_stats")):
+        item, prefix = ("ema", f"{name}/{kind}/") if ema else (kind, "")
+        prefix += "ae/encoder/"
+        for key, row in saved[item].items() if item in saved else ():
+            if key.startswith(prefix):
+                rows[f"{ours}/{key.removeprefix(prefix)}"] = row
     return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
 
 

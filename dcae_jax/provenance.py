@@ -156,13 +156,13 @@ def write_summary(
 ) -> None:  # fmt: skip
     """summary.json: what the report's table shows of this run."""
     rows = writers.read_metrics(workdir)
-    names = [e.name for e in cfg.evals]
+    names, untrained = [e.name for e in cfg.evals], [r for r in rows if r["step"] == 0]
     record = {
         "name": cfg.name,
         "resolution": cfg.data.resolution,
         **task.summary(),
         **totals,
-        "evals": {"before": _scores(rows, names), "after": _scores(rows[::-1], names)},
+        "evals": {"before": _scores(untrained, names), "after": _scores(rows[::-1], names)},
         "baselines": baselines,
         "steps": cfg.steps,  # of the run, not of this attempt as in the totals
     }
@@ -174,8 +174,8 @@ def _scores(rows: list[dict[str, Any]], names: list[str]) -> dict[str, dict[str,
     found: dict[str, dict[str, float]] = {}
     for name in names:
         of_this = ({k: v for k, v in r.items() if k.startswith(f"{name}/")} for r in rows)
-        row = next((r for r in of_this if r), {})
-        found[name] = {k.split("/")[-1]: v for k, v in row.items()}
+        if row := next((r for r in of_this if r), {}):
+            found[name] = {k.split("/")[-1]: v for k, v in row.items()}
     return found
 
 

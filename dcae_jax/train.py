@@ -20,9 +20,20 @@ from absl import logging
 from etils import epath
 from jax.sharding import Mesh
 
-from dcae_jax import checkpoint, distributed, optim, provenance, rng, sharding, step, tree
+from dcae_jax import (
+    autoencoder,
+    checkpoint,
+    distributed,
+    optim,
+    provenance,
+    rng,
+    sharding,
+    step,
+    tree,
+)
 from dcae_jax.config import InitWeights, NonFinite, RunConfig
 from dcae_jax.data import pipeline
+from dcae_jax.data.latents import LatentDataConfig
 from dcae_jax.errors import UserError
 from dcae_jax.report import flops, html, phases, progress, writers
 from dcae_jax.step import TrainState
@@ -212,7 +223,10 @@ def _start(
     task = cfg.task.build(cfg)
     for line in task.describe():
         say(line)
+    if isinstance(cfg.data, LatentDataConfig):
+        autoencoder.require_current(cfg.data.manifest())
     constants = jax.device_put(task.constants(training=True), sharding.replicated(mesh))
+    evaluators = {e.name: e.build(cfg, task, mesh) for e in cfg.evals}  # they look at their data
     checkpoints = checkpoint.Checkpoints(workdir, cfg.checkpoint)
     state, shardings, meta = _weights(cfg, workdir, mesh, task, checkpoints)
     provenance.write(workdir, cfg, data, task.record())
@@ -228,7 +242,7 @@ def _start(
             cfg.batch, first, devices=mesh.size, cores=os.cpu_count() or 1,
             carried=meta["clock"] if meta else {},
         ),
-        evaluators={e.name: e.build(cfg, task, mesh) for e in cfg.evals},
+        evaluators=evaluators,
         batches=cfg.data.batches(
             batch=cfg.batch, seed=cfg.seed, start_step=first,
             shard=pipeline.Shard(*sharding.row_shard(mesh)),
@@ -459,7 +473,7 @@ def _log(run: Run, done: int, pending: list[Row], step_flops: float | None) -> N
     # In float64, so that rows that went through a checkpoint give the same mean.
     # A config changed on resume may have added or removed a metric in the middle of the interval.
     names = dict.fromkeys(k for row in rows for k in row)
-    means = {k: float(np.mean([float(r[k]) for r in rows if k in r])) for k in names}
+    means = _rooted({k: float(np.mean([float(r[k]) for r in rows if k in r])) for k in names})
     interval = run.clock.interval(done)
     memory = jax.local_devices()[0].memory_stats() or {}
     speed = interval.images_per_s
@@ -481,6 +495,12 @@ def _log(run: Run, done: int, pending: list[Row], step_flops: float | None) -> N
     row |= {"data/bad": stats["bad"]}
     row |= {f"data/rows/{name}": count for name, count in stats["rows_per_source"].items()}
     _write(run, done, row)
+
+
+def _rooted(means: dict[str, float]) -> dict[str, float]:
+    """Mean squares, which add up over microbatches and steps, as roots: x_ms becomes x_rms."""
+    roots = {f"{k.removesuffix('_ms')}_rms": v**0.5 for k, v in means.items() if k.endswith("_ms")}
+    return {k: v for k, v in means.items() if not k.endswith("_ms")} | roots
 
 
 def _mfu(

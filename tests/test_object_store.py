@@ -60,6 +60,18 @@ def test_a_run_without_checkpoints_on_an_object_store(workdir, capsys):
         provenance.check(workdir, cfg, "other", False, print)
 
 
+def test_what_was_not_measured_before_training_is_not_in_the_summary(workdir):
+    cfg = runs.make_config("phase1", steps=5)
+    for writer in writers.make_writers(workdir, 0, tensorboard=False):
+        writer.write_scalars(5, SCORES)
+        writer.close()
+    provenance.write_summary(workdir, cfg, cfg.task.build(cfg), {}, {})
+    found = json.loads((workdir / "summary.json").read_text())["evals"]
+    assert found["before"] == {} and found["after"]["folder-32-test"]["psnr"] == SCORES[
+        "folder-32-test/psnr"
+    ]  # fmt: skip
+
+
 def test_a_writer_that_dies_leaves_the_old_object(workdir):
     """No rename, no append: an upload that does not end does not happen."""
     cfg = runs.make_config("phase1", steps=5)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import diffusing
 import jax
@@ -12,11 +13,11 @@ import runs
 import tiny
 from diffusing import make
 
-from dcae_jax import config, rng, sharding
+from dcae_jax import autoencoder, config, sharding
+from dcae_jax.config import InitWeights
 from dcae_jax.data.latents import LatentDataConfig
 from dcae_jax.data.pipeline import DataConfig
-from dcae_jax.diffusion import samplers
-from dcae_jax.diffusion.guidance import GuidanceConfig
+from dcae_jax.diffusion.guidance import GuidanceConfig, Reference
 from dcae_jax.diffusion.process import Kind, ProcessConfig, Space
 from dcae_jax.diffusion.samplers import AncestralConfig, DPM2MConfig, DPMFastConfig
 from dcae_jax.errors import UserError
@@ -104,28 +105,28 @@ def test_labels_are_dropped_as_often_as_asked():
         assert abs(of_class.mean() - 0.25) < 5 * np.sqrt(0.25 * 0.75 / (n / 2))
 
 
-def test_validation_losses_fall_into_the_bins_of_their_times():
-    """Against one example at a time, binned by numpy."""
+def test_validation_times_are_drawn_within_their_bins():
+    """Each bin is scored on as many latents, at times of its own; against one example at a time."""
     cfg = make()
     task, mesh = cfg.task.build(cfg), sharding.make_mesh(cfg.mesh, jax.devices()[:1])
-    evaluator = ValLossConfig(data=cfg.evals[0].data, bins=4).build(cfg, task, mesh)
-    params, stats = task.init(jax.random.key(1))
-    variables = Variables(params, stats, task.constants(training=False))
+    evaluator = ValLossConfig(data=cfg.evals[0].data, n=12, bins=4).build(cfg, task, mesh)
+    params, _ = task.init(jax.random.key(1))
+    variables = Variables(params, {}, task.constants(training=False))
     latent = 5 * jax.random.normal(jax.random.key(2), (12, 4, 4, 4))
-    batch = {"latent": latent, "label": jnp.arange(12) % 2, "mask": jnp.arange(12.0) < 11}
-    sums, counts = evaluator._sums(variables, batch, jnp.int32(100))
-    key = rng.key(cfg.seed, 0, "validation")
-    want = np.zeros((2, 4))
+    batch = {"latent": latent, "label": jnp.arange(12) % 2, "mask": jnp.arange(12) < 11}
+    seen, scored = [], task.losses
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(task, "losses", lambda v, x: seen.append(x) or scored(v, x))
+        sums, counts = evaluator._sums(variables, batch, jnp.int32(100))
+    np.testing.assert_array_equal(counts, [3, 3, 3, 2])
+    part = (100 + np.arange(12)) % 4
+    time = np.asarray(seen[0]["time"])
+    assert ((part / 4 <= time) & (time <= (part + 1) / 4)).all() and len(set(time)) == 12
+    want = np.zeros(4)
     for i in range(11):
-        time = task.process.draw_times(jax.random.fold_in(key, 100 + i), ())[None]
-        noise = samplers.initial_noise(key, jnp.array([100 + i]), (4, 4, 4))
-        example = {"latent": latent[i : i + 1], "label": batch["label"][i : i + 1]}
-        loss = task.losses(variables, example | {"noise": noise, "time": time})
-        which = np.digitize(float(time[0]), [0.25, 0.5, 0.75])
-        want[:, which] += float(loss[0]), 1
-    assert (want[1] > 0).sum() >= 3, "the times fill the bins"
-    np.testing.assert_array_equal(counts, want[1])
-    np.testing.assert_allclose(sums, want[0], rtol=1e-5)  # batch of 12 against batches of 1
+        one = jax.tree.map(lambda x, i=i: x[i : i + 1], seen[0])
+        want[part[i]] += float(scored(variables, one)[0])
+    np.testing.assert_allclose(sums, want, rtol=1e-5)  # a batch of 12 against batches of 1
 
 
 def test_a_network_that_does_not_know_all_classes_is_refused(cache):
@@ -137,6 +138,29 @@ def test_a_network_that_does_not_know_all_classes_is_refused(cache):
 def test_latents_of_another_shape_are_refused(cache):
     with pytest.raises(UserError, match=r"are \(4, 4, 4\), but data.shape=\(8, 8, 4\)"):
         make(**{"task.model.input_size": (8, 8), "evals": []})
+
+
+@pytest.mark.parametrize("weights", list(InitWeights))
+def test_a_stale_cache_is_refused_without_an_evaluator_that_decodes(workdir, weights):
+    """The digests that a checkpoint records are those of the weights that are read from it."""
+    manifest = make().data.manifest()
+    encoder = autoencoder.load(str(workdir), weights).encoder
+    plan = replace(manifest.plan, encoder=encoder)
+    fresh = replace(manifest, plan=plan, weights=weights.value)
+    autoencoder.require_current(fresh)
+    stale = replace(fresh, plan=replace(plan, encoder="0" * 64))
+    with pytest.raises(UserError, match=f"stale: their encoder is 0{{16}} .* {encoder[:16]} now"):
+        autoencoder.require_current(stale)
+
+
+def test_a_stale_cache_is_noticed_before_a_run_begins(cache, workdir, tmp_path):
+    copied = shutil.copytree(cache, tmp_path / "cache")
+    path = copied / "train" / "manifest.json"
+    path.write_text(path.read_text().replace(make().data.manifest().encoder, "0" * 64))
+    cfg = make(**{"data.path": str(copied), "evals": []})
+    with pytest.raises(UserError, match="the cached latents are stale"):
+        diffusing.run(cfg, tmp_path / "run")
+    assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 def test_held_out_latents_of_another_encoder_are_refused(cache, tmp_path):
@@ -163,6 +187,10 @@ MISTAKES = {
         {"task.label_dropout": 0.0, "evals": generate(DPM2MConfig(), scale=1.5)},
         "evals: samples: guidance.scale = 1.5 .* never sees with task.label_dropout = 0",
     ),
+    "weak model": (
+        {"evals": generate(DPM2MConfig(), scale=2.0, reference=Reference.weak_model)},
+        "evals: samples: guidance.reference = weak_model: there is no second model",
+    ),
     "channels": (
         {"evals": generate(DPM2MConfig(), scale=1.5, channels=5)},
         "guidance.channels = 5, but latents have 4",
@@ -187,6 +215,10 @@ MISTAKES = {
     "heads": ({"task.model.heads": 3}, "width = 16 is not divisible by heads = 3"),
     "min_snr": ({"task.process.min_snr": -1.0}, "min_snr = -1.0 is negative"),
     "times": ({"task.process.time_mean": 0.5}, "process.times is uniform"),
+    "few latents": (
+        {"evals": [ValLossConfig(n=9)]},
+        "n = 9 of .* leaves some of its bins = 10 parts",
+    ),
     "bins": ({"evals": [ValLossConfig(bins=0)]}, "evals: bins = 0 .*at least 1"),
 }
 

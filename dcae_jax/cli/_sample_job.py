@@ -221,7 +221,7 @@ def _sampler(args: argparse.Namespace, model: Model) -> "SamplerConfig":
     if problems := dict.fromkeys(found.problems() + found.process_problems(process)):
         lines = "\n".join(f"  - {p}" for p in problems)
         raise UserError(f"sampler {name} cannot be used here:\n{lines}")
-    given = f"; asked for: {', '.join(changes)}" if changes else ""
+    given = f"; {', '.join(changes)} asked for" if changes else ""
     say(f"sampler      {describe_sampler(found)}   ({why}{given})")
     return found
 
@@ -305,7 +305,7 @@ def _guidance(args: argparse.Namespace, model: Model) -> "GuidanceConfig":
     found = dataclasses.replace(base, **changes, **given)
     if problems := found.problems() + _guidance_problems(found, task):
         raise UserError("\n".join(problems))
-    asked = f"asked for: {', '.join(given)}" if given else ""
+    asked = f"{', '.join(given)} asked for" if given else ""
     notes = "; ".join(note for note in ("" if args.weak else why, asked) if note)
     say(f"guidance     {describe_guidance(found)}   ({notes})")
     return found
@@ -347,7 +347,6 @@ def describe_guidance(cfg: "GuidanceConfig") -> str:
 def _classes(text: str, model: Model) -> tuple[list[int], str]:
     """(class numbers, their order) of "all", "random", "207,360", "0-9", "cat,dog"."""
     from dcae_jax.errors import UserError
-    from dcae_jax.evals.generate import check_classes
 
     count = min(model.run.task.model.num_classes, model.manifest.num_classes)
     if text in ("all", _RANDOM):
@@ -355,22 +354,23 @@ def _classes(text: str, model: Model) -> tuple[list[int], str]:
     names = {name.lower(): i for i, name in enumerate(model.manifest.classes)}
     found: list[int] = []
     for part in (p.strip() for p in text.split(",")):
-        found += _numbers(part, names)
-    check_classes(tuple(found), count)
+        found += _numbers(part, names, count)
     if not found:
         raise UserError(f"--classes {text!r} names no class")
     return found, _IN_TURN
 
 
-def _numbers(part: str, names: dict[str, int]) -> list[int]:
-    """Class numbers of "207", "0-9" or a name."""
+def _numbers(part: str, names: dict[str, int], count: int) -> list[int]:
+    """Class numbers, below `count`, of "207", "0-9" or a name."""
     from dcae_jax.errors import UserError
+    from dcae_jax.evals.generate import check_classes
 
     if part.lower() in names:
         return [names[part.lower()]]
     if match := re.fullmatch(r"(\d+)(?:-(\d+))?", part):
         first, last = int(match[1]), int(match[2] or match[1])
         if first <= last:
+            check_classes((first, last), count)
             return list(range(first, last + 1))
         raise UserError(f"--classes: {part} ends before it begins")
     inside = [name for name in names if part and part.lower() in name]

@@ -74,7 +74,8 @@ def main(argv: list[str]) -> int:
 
     distributed.initialize()
     try:
-        _run(args, overrides)
+        with contextlib.nullcontext() if overrides else _options.own_options():
+            _run(args, overrides)
     except Exception as error:
         if jax.process_count() == 1:
             raise
@@ -103,6 +104,7 @@ def _parser() -> Any:
         "--n", type=int, default=0, metavar="N",
         help="so many images, spread over the data; with a random transform so many crops",
     )  # fmt: skip
+    _options.add_filters(parser)
     add("--flips", action="store_true", help="latents of the mirror images as well")
     add(
         "--dtype", dest="storage", choices=("bf16", "f32"), default="bf16",
@@ -176,6 +178,9 @@ def _data(args: Any, overrides: list[str]) -> "DataConfig":
     data.resolution = args.resolution or data.resolution
     data.transform = Transform(args.transform) if args.transform else data.transform
     data.flip = False
+    if found := _options.filter_problems(args):
+        raise UserError("\n".join(found))
+    _options.filter_images(data, args)
     if "/" in data.split:
         raise UserError(f"--split {data.split} must be the name of a folder, without a slash")
     return data

@@ -261,8 +261,9 @@ def check(manifest: Manifest, net: Weights) -> list[str]:
         raise UserError(
             f"the latents are of another autoencoder than {net.source}: their encoder is "
             f"{manifest.encoder[:16]} ({manifest.description}), its encoder is "
-            f"{net.encoder[:16]}. Name the autoencoder that made them ({manifest.autoencoder}), "
-            "or cache latents of this one: python -m dcae_jax cache-latents"
+            f"{net.encoder[:16]}. Name the autoencoder that made them ({manifest.autoencoder}; if "
+            "that is this one, it was trained on or replaced since), or cache latents of this one: "
+            "python -m dcae_jax cache-latents"
         )
     if net.decoder != manifest.decoder:
         return [

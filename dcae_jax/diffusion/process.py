@@ -204,6 +204,14 @@ class Process:
         """Training times."""
         raise NotImplementedError
 
+    def quantile(self, share: Float[Array, "*t"]) -> Float[Array, "*t"]:
+        """The time that a share of the training times lies below."""
+        raise NotImplementedError
+
+    def share(self, t: Float[Array, "*t"]) -> Float[Array, "*t"]:
+        """The share of the training times up to t."""
+        raise NotImplementedError
+
     def shifted(self, t: Float[Array, "*t"]) -> Float[Array, "*t"]:
         """The sampling time at the uniform time t."""
         raise NotImplementedError
@@ -350,6 +358,22 @@ class Flow(Process):
         normal = jax.random.normal(key, shape)
         return self.shifted(jax.nn.sigmoid(self.cfg.time_mean + self.cfg.time_std * normal))
 
+    def quantile(self, share: Float[Array, "*t"]) -> Float[Array, "*t"]:
+        """Of the same distribution."""
+        if self.cfg.times is TimeDraw.uniform:
+            return self.shifted(share)
+        normal = jax.scipy.special.ndtri(share)
+        return self.shifted(jax.nn.sigmoid(self.cfg.time_mean + self.cfg.time_std * normal))
+
+    def share(self, t: Float[Array, "*t"]) -> Float[Array, "*t"]:
+        """The inverse of `quantile`."""
+        s = self.cfg.shift
+        t = t / (s - (s - 1.0) * t)
+        if self.cfg.times is TimeDraw.uniform:
+            return t
+        normal = (jnp.log(t) - jnp.log1p(-t) - self.cfg.time_mean) / self.cfg.time_std
+        return jax.scipy.special.ndtr(normal)
+
     def shifted(self, t: Float[Array, "*t"]) -> Float[Array, "*t"]:
         """s t / (1 + (s - 1) t) (SD3, arXiv 2403.03206, section 5.3.2)."""
         s = self.cfg.shift
@@ -460,6 +484,14 @@ class DiscreteProcess(Process):
     def draw_times(self, key: PRNGKeyArray, shape: tuple[int, ...]) -> Float[Array, "..."]:
         """n / 1000 with n uniform in 1..1000."""
         return jax.random.randint(key, shape, 1, STEPS + 1) / STEPS
+
+    def quantile(self, share: Float[Array, "*t"]) -> Float[Array, "*t"]:
+        """One of the 1000."""
+        return (jnp.clip(jnp.floor(share * STEPS), 0, STEPS - 1) + 1) / STEPS
+
+    def share(self, t: Float[Array, "*t"]) -> Float[Array, "*t"]:
+        """A multiple of 1 / 1000."""
+        return jnp.floor(t * STEPS + 1e-3) / STEPS  # n / 1000 times 1000 may be below n
 
     def shifted(self, t: Float[Array, "*t"]) -> Float[Array, "*t"]:
         """t."""

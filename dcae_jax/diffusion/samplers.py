@@ -126,8 +126,8 @@ class AncestralConfig:
     def process_problems(self, process: ProcessConfig) -> list[str]:
         """Why it does not fit the process."""
         found = _needs_discrete(
-            "AncestralConfig", process, "it walks the 1000 steps of a discrete process",
-            "use DDIMConfig(eta=1), the same posterior on any process",
+            "ancestral DDPM", process, "it walks the 1000 steps of a discrete process",
+            "use DDIM with eta = 1, the same posterior on any process",
         ) + _steps_problems(self.steps, process)  # fmt: skip
         learned = self.variance is not None and Variance(self.variance) is Variance.learned
         if learned and not process.learn_variance:
@@ -230,8 +230,8 @@ class DPMFastConfig:
     def process_problems(self, process: ProcessConfig) -> list[str]:
         """Why it does not fit the process."""
         return _needs_discrete(
-            "DPMFastConfig", process, "its log-SNR at t = 1 is minus infinity",
-            "use DPM2MConfig or HeunConfig",
+            "DPM-Solver++ fast", process, "its log-SNR at t = 1 is minus infinity",
+            "use DPM-Solver++ 2M or Heun",
         ) + _steps_problems(self.steps, process)  # fmt: skip
 
     def build(self, process: Process) -> "DPMFast":

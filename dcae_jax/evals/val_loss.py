@@ -34,7 +34,7 @@ class ValLossConfig:
     data: LatentDataConfig | OnlineDataConfig = field(
         default_factory=lambda: LatentDataConfig(split="test")
     )
-    n: int = 1024  # latents, exactly, on any number of devices
+    n: int = 1024  # latents, exactly, on any number of devices; in turn for the parts of the time
     batch: int = 64  # over all devices
     bins: int = 10  # equal parts of the time from 0 (data) to 1 (noise)
     every: int = 1000  # steps; 0: never in between
@@ -60,6 +60,11 @@ class ValLossConfig:
             value = getattr(self, name)
             if value < least:
                 found.append(f"evals: {name} = {value} of {self.name}; at least {least}")
+        if self.n < self.bins:
+            found.append(
+                f"evals: n = {self.n} of {self.name} leaves some of its bins = {self.bins} parts "
+                "of the time without a latent; raise n or lower bins"
+            )
         return found
 
     def metrics(self) -> tuple[str, ...]:
@@ -90,6 +95,8 @@ class ValLoss:
         rows = mesh.shape["data"] * mesh.shape["fsdp"]
         self._batch = -(-cfg.batch // rows) * rows
         self._key = rng.key(run.seed, 0, "validation")
+        edges = jnp.linspace(0.0, 1.0, cfg.bins + 1)
+        self._edges = np.asarray(task.process.share(edges))  # of the bins, as shares
         self._score = jax.jit(self._sums, out_shardings=sharding.replicated(mesh))
 
     def _check_encoder(self) -> None:
@@ -106,7 +113,7 @@ class ValLoss:
         return {}
 
     def run(self, state: TrainState, constants: Tree, poll: Callable[[], None]) -> Report:
-        """Means over all latents, and over those of each part of the time."""
+        """The mean of each part of the time; their mean by the shares of the training times."""
         variables = variables_of(state, constants, self.cfg.weights, self._run.ema)
         losses, counts = np.zeros(self.cfg.bins), np.zeros(self.cfg.bins)
         shard = pipeline.Shard(*sharding.row_shard(self._mesh))
@@ -117,9 +124,9 @@ class ValLoss:
                 found = jax.device_get(self._score(variables, placed, first))
                 losses, counts = losses + found[0], counts + found[1]
                 poll()
-        scores = {"loss": float(losses.sum() / counts.sum())}
-        for i in np.flatnonzero(counts):
-            scores[self.cfg.bin_name(int(i))] = float(losses[i] / counts[i])
+        means, shares = losses / counts, np.diff(self._edges.astype(np.float64))
+        scores = {"loss": float(means @ shares / shares.sum())}
+        scores |= {self.cfg.bin_name(i): float(mean) for i, mean in enumerate(means)}
         return Report({**scores, "n": float(counts.sum())}, {})
 
     def _sums(
@@ -128,10 +135,13 @@ class ValLoss:
         """(sums of losses, numbers of latents) of each part; a latent's draws follow its index."""
         latent, process = self._task.latents(variables, batch), self._task.process
         index = first + jnp.arange(latent.shape[0])
-        time = jax.vmap(lambda i: process.draw_times(jax.random.fold_in(self._key, i), ()))(index)
+        part = index % self.cfg.bins
+        inside = jax.vmap(lambda i: jax.random.uniform(jax.random.fold_in(self._key, i)))(index)
+        edges = jnp.asarray(self._edges)
+        low, high = edges[part], edges[part + 1]
+        time = process.quantile(low + inside * (high - low))
         noise = samplers.initial_noise(self._key, index, latent.shape[1:])
         examples = {"latent": latent, "label": batch["label"], "noise": noise, "time": time}
         loss = self._task.losses(variables, examples) * batch["mask"]
-        part = jnp.clip((time * self.cfg.bins).astype(jnp.int32), 0, self.cfg.bins - 1)
         one_hot = jax.nn.one_hot(part, self.cfg.bins) * batch["mask"][:, None]
         return (loss[:, None] * one_hot).sum(0), one_hot.sum(0)

@@ -145,7 +145,8 @@ class DiffuseConfig:
         """Problems that this task sees in the whole run."""
         found = _data_problems(run)
         for e in run.evals:
-            if isinstance(e, Reads) and isinstance(e.data, Encodes) > isinstance(run.data, Encodes):
+            online = isinstance(run.data, Encodes)
+            if isinstance(e, Reads) and isinstance(e.data, Encodes) and not online:
                 found.append(
                     f"evals: {e.name}: its images need the autoencoder of the run, which trains on "
                     "a cache; give it LatentDataConfig(split=...), or train on OnlineDataConfig"
@@ -162,6 +163,11 @@ class DiffuseConfig:
     def _drawing_problems(self, e: Draws) -> list[str]:
         """What does not fit between the model and an evaluator that samples it."""
         found = list(e.sampler.process_problems(self.process))
+        if e.guidance.reference is Reference.weak_model:
+            found.append(
+                "guidance.reference = weak_model: there is no second model while one trains; set "
+                "null_class, and give the weak model to `python -m dcae_jax sample --weak`"
+            )
         unguided = e.guidance.scale == 1 or e.guidance.reference is not Reference.null_class
         if not unguided and not self.label_dropout:
             found.append(
@@ -342,7 +348,7 @@ class DiffuseTask:
 
     def warnings(self, metrics: dict[str, float]) -> list[str]:
         """Latents of another size than the process expects."""
-        rms = metrics["latent_ms"] ** 0.5
+        rms = metrics["latent_rms"]
         if RMS_RANGE[0] <= rms <= RMS_RANGE[1]:
             return []
         mend = "make the cache again, or set task.latent_norm=channel"

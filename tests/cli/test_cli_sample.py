@@ -338,7 +338,7 @@ def test_defaults_are_the_runs_own_or_the_published_ones(run, tmp_path, capsys, 
     found = job("--from", run, "--out", tmp_path / "x", "--sampler", "heun", "--cfg-channels", 3)
     assert found.sampler == HeunConfig() and found.guide == GuidanceConfig(2.0, channels=3)
     said = capsys.readouterr().out
-    assert "dpm_2m, steps 7, end 0   (as in the run's grids 'samples'; asked for: steps)" in said
+    assert "dpm_2m, steps 7, end 0   (as in the run's grids 'samples'; steps asked for)" in said
     assert "2 away from no class, for 0.1 <= t <= 0.6" in said and "heun, steps 25" in said
     for process, sampler, scale in (
         (FLOW, Dopri5Config(), 1.2),
@@ -381,7 +381,8 @@ def test_mistakes_are_told_before_any_weights_are_read(
     (tmp_path / "file").write_text("")
     for options, said in (
         (["--classes", "3"], "class 3 does not exist; the network knows 0..2"),
-        (["--classes", "0-7"], "class 3 does not exist"),
+        (["--classes", "0-7"], "class 7 does not exist"),
+        (["--classes", "0-9999999999"], "class 9999999999 does not exist"),
         (["--classes", ""], "no class number"),
         (["--classes", "0,,1"], "no class number"),
         (["--classes", "2-0"], "2-0 ends before it begins"),
@@ -453,7 +454,7 @@ def test_a_weak_model_must_be_of_the_same_latents(command, given, run, tmp_path)
 def test_autoguidance_by_an_earlier_step(command, given, run, drawn, tmp_path):
     code, said, complaints = command(*given, "--weak", run / "checkpoints" / "4", "--cfg", 2)
     assert code == 0, complaints
-    assert "2 away from the weak model   (asked for: scale)" in said
+    assert "2 away from the weak model   (scale asked for)" in said
     assert "the average (ema 0.9) of step 4" in said
     record = json.loads((tmp_path / "out" / "sample.json").read_text())
     assert record["weak"]["step"] == 4 and record["weights"]["step"] == 8

@@ -361,3 +361,23 @@ def test_a_built_process_keeps_its_own_config():
     p = cfg.build()
     cfg.shift = 7.0
     assert p.cfg.shift == 1.0
+
+
+@pytest.mark.parametrize(
+    "cfg",
+    [ProcessConfig(kind=Kind.flow, predict=Space.v, loss_space=Space.v, shift=3.0),
+     ProcessConfig(kind=Kind.flow, predict=Space.v, loss_space=Space.v, shift=1.4,
+                   times=TimeDraw.logit_normal, time_mean=-0.5, time_std=1.3),
+     ProcessConfig(), ProcessConfig(kind=Kind.ddpm)],
+)  # fmt: skip
+def test_quantiles_and_shares_are_those_of_the_drawn_times(cfg):
+    process = cfg.build()
+    drawn = np.sort(np.asarray(process.draw_times(jax.random.key(0), (20_000,))))
+    edges = np.array([0.0, 0.1, 0.3, 0.5, 0.9, 1.0], np.float32)
+    found = np.asarray(process.share(jnp.asarray(edges)))
+    below = np.searchsorted(drawn, edges, side="right") / len(drawn)
+    np.testing.assert_allclose(found, below, atol=5 * 0.5 / np.sqrt(20_000))  # 5 deviations
+    u = np.linspace(0.01, 0.99, 50, dtype=np.float32)
+    t = process.quantile(jnp.asarray(u))
+    # A discrete time is up to 1/1000 above; logit-normal: ndtri and ndtr in float32.
+    np.testing.assert_allclose(process.share(t), u, atol=1.1e-3 if not cfg.is_flow else 1e-5)

@@ -46,7 +46,7 @@ def test_it_is_the_run_on_a_cache_of_the_same_images(trained):
     whole, _ = diffusing.whole()
     cached, found = runs.rows(whole), runs.rows(trained[0])
     # f32 convolutions in another program, statistics summed in f32: 1e-6 each.
-    for name in ("train/loss", "train/latent_ms", "train/net/grad_norm"):
+    for name in ("train/loss", "train/latent_rms", "train/net/grad_norm"):
         assert found[1][name] == pytest.approx(cached[1][name], rel=2e-5), name
     for name in ("loss", "loss_t0.30", "n"):
         name = f"latents-test/{name}"

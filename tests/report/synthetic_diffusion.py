@@ -44,7 +44,7 @@ def write(workdir: Path, steps: int = 1200, finished: bool = True) -> Path:
     for step in range(0, steps + 1, 50):
         if step:
             row = {"loss": 1.2 - step / 2000, "net/lr": 2e-3, "net/grad_norm": 0.7}
-            row |= {"images_per_s": 400.0, "data_wait": 0.01, "latent_ms": 1.0}
+            row |= {"images_per_s": 400.0, "data_wait": 0.01, "latent_rms": 1.0}
             metrics.write_scalars(step, {f"train/{k}": v for k, v in row.items()})
         if step in STEPS:
             for name, found in scores(STEPS.index(step)).items():
