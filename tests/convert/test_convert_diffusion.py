@@ -5,14 +5,16 @@ import pathlib
 from collections import Counter
 from dataclasses import replace
 
+import jax
 import ml_dtypes
 import narrow_nets as narrow
 import numpy as np
 import pytest
 from etils import epath
 
-from dcae_jax import checkpoint, config, tree
-from dcae_jax.cli import _diffusion, sample
+from dcae_jax import checkpoint, config, sharding, tree
+from dcae_jax.cli import _diffusion, _sample_job, sample
+from dcae_jax.config import MeshConfig
 from dcae_jax.convert import (
     diffusion_from_torch,
     diffusion_layouts,
@@ -423,20 +425,22 @@ def test_an_import_is_a_run(work):
     assert run.task.process.kind.value == "flow" and run.task.process.predict.value == "v"
     assert manifest.scaling_factor == 0.75 and manifest.shape == (4, 4, 4)
     assert manifest.resolution == 16 and manifest.num_classes == 5
-    trained = sample.load(str(work), "ema")
-    scale = trained.variables.constants["norm"].scale
+    args = sample._parser().parse_args(["--from", str(work), "--out", "unused"])
+    model = _sample_job._find(args, "--from", str(work))
+    _, variables = sample.load(model, sharding.make_mesh(MeshConfig(), jax.devices()[:1]))
+    scale = variables.constants["norm"].scale
     assert scale.tolist() == [0.75] * 4
     ours = tree.flatten(load("usit_official").variables["params"])
-    read = tree.flatten(trained.variables.params["net"])
+    read = tree.flatten(variables.params["net"])
     assert all(np.array_equal(read[path], ours[path]) for path in ours)
     assert {p.name for p in work.iterdir()} == {"checkpoints", "config.json"}
 
 
 @pytest.mark.slow
 def test_an_import_samples(work, tmp_path):
-    args = ("--classes", "0-4", "--n", 8, "--batch", 8, "--steps", 2, "--out", tmp_path / "out")
+    args = ("--classes", "0-4", "--n", 8, "--sampler", "euler", "--steps", 2, "--out", tmp_path / "out")
     assert narrow.command("sample", "--from", work, *args) == 0
-    shown = [(tmp_path / "out" / f"{i:06d}.png").read_bytes() for i in range(8)]
+    shown = [(tmp_path / "out" / "images" / f"{i:06d}.png").read_bytes() for i in range(8)]
     assert len(set(shown)) == 8 and (tmp_path / "out" / "grid.png").exists()
 
 

@@ -314,7 +314,12 @@ def close(name):
     return {"rtol": 1e-6, "atol": 5e-5 if name == "dopri5" else 2e-6}
 
 
-@pytest.mark.parametrize("name", list(SAMPLERS))
+ALIKE = ("ddim", "euler", "heun", "dpm_2m")  # one scan over common times, without noise
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in ALIKE else n for n in SAMPLERS]
+)
 def test_a_sample_does_not_depend_on_its_batch(name):
     cfg, p, steps = CASES[name]
     assert type(cfg) is SAMPLERS[name]

@@ -113,7 +113,8 @@ def test_a_fresh_network_gives_zeros_and_its_blocks_do_nothing() -> None:
 
 
 @pytest.mark.parametrize("fields", [
-    {"scan": False, "remat": Remat.dots}, {"remat": Remat.full},
+    pytest.param({"scan": False, "remat": Remat.dots}, marks=pytest.mark.slow),
+    {"remat": Remat.full},
 ], ids=str)  # fmt: skip
 def test_scan_and_remat_change_neither_tree_nor_numbers(fields: dict[str, Any]) -> None:
     plain, cfg = tiny(**MODERN), tiny(**MODERN, **fields)

@@ -205,7 +205,9 @@ def test_scan_and_remat_do_not_change_the_initial_weights() -> None:
 
 
 @pytest.mark.parametrize("fields", [
-    {"scan": False}, {"remat": Remat.dots}, {"scan": False, "remat": Remat.full},
+    pytest.param({"scan": False}, marks=pytest.mark.slow),
+    pytest.param({"remat": Remat.dots}, marks=pytest.mark.slow),
+    {"scan": False, "remat": Remat.full},
 ], ids=str)  # fmt: skip
 def test_scan_and_remat_change_neither_tree_nor_numbers(fields: dict[str, Any]) -> None:
     plain, cfg = tiny(), tiny(**fields)
