@@ -4,8 +4,8 @@ Command:   make demo-diffusion      (or launch/demo_diffusion.sh runs/demo/phase
            runs/demo_diffusion; it caches the latents of `make train`'s autoencoder first), or
            python main.py --config=configs/demo_diffusion.py --workdir=runs/demo_diffusion
 Hardware:  2 CPU cores, no accelerator
-Cost:      5 minutes 21 seconds in all, beside some other work: training 3:36 with its evaluations, the
-           latents before it a minute, samples and report half a minute
+Cost:      5 minutes 21 seconds in all, beside some other work: training 3:36 with its evaluations,
+           the latents before it a minute, samples and report half a minute
 Expected:  64 samples of seed 0 (and of seed 1): accuracy 0.67 (0.50), where chance is 0.125 and
            training crops reach 0.61; Frechet distance 2.7 (3.7), where the untrained model has 22,
            the mean 29, each class's mean 14, training crops 2.7; held-out loss 0.42
