@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import jax
+from absl import logging
 from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
@@ -184,7 +185,11 @@ def require_current(manifest: Manifest) -> None:
     path = checkpoint.absolute(manifest.autoencoder)
     if not (manifest.encoder and path.is_dir() and checkpoint.has_steps(path)):
         return
-    meta = checkpoint.source_meta(manifest.autoencoder)
+    try:
+        meta = checkpoint.source_meta(manifest.autoencoder)
+    except UserError as e:  # the cache itself is whole
+        logging.warning("whether the cached latents are stale is not known: %s", e)
+        return
     found = _recorded_digest(meta, InitWeights(manifest.weights))
     if found != manifest.encoder:
         raise UserError(

@@ -50,7 +50,7 @@ def refuse_existing(out: epath.Path, ours: tuple[str, ...] = ()) -> None:
     if (out.is_dir() and not inside) or (UNFINISHED in inside and inside <= {UNFINISHED, *ours}):
         return
     if out.exists():
-        incomplete = UNFINISHED in inside or ("checkpoints" in inside and CONFIG not in inside)
+        incomplete = CONFIG not in inside and bool({UNFINISHED, "checkpoints"} & inside)
         why = "has no config.json: its writer did not finish" if incomplete else "is not empty"
         raise UserError(f"--out {out} exists and {why}; give a new folder, or remove it first")
 

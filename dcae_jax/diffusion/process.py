@@ -368,11 +368,11 @@ class Flow(Process):
     def share(self, t: Float[Array, "*t"]) -> Float[Array, "*t"]:
         """The inverse of `quantile`."""
         s = self.cfg.shift
-        t = t / (s - (s - 1.0) * t)
         if self.cfg.times is TimeDraw.uniform:
-            return t
-        normal = (jnp.log(t) - jnp.log1p(-t) - self.cfg.time_mean) / self.cfg.time_std
-        return jax.scipy.special.ndtr(normal)
+            return t / (s - (s - 1.0) * t)
+        # The shift adds log s to the logit of t: infinite at both ends, where ndtr is 0 and 1.
+        logit = jnp.log(t) - jnp.log1p(-t) - math.log(s)
+        return jax.scipy.special.ndtr((logit - self.cfg.time_mean) / self.cfg.time_std)
 
     def shifted(self, t: Float[Array, "*t"]) -> Float[Array, "*t"]:
         """s t / (1 + (s - 1) t) (SD3, arXiv 2403.03206, section 5.3.2)."""

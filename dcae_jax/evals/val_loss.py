@@ -140,6 +140,8 @@ class ValLoss:
         edges = jnp.asarray(self._edges)
         low, high = edges[part], edges[part + 1]
         time = process.quantile(low + inside * (high - low))
+        # Where next to no training time falls into a part, rounding may lead out of it.
+        time = jnp.clip(time, part / self.cfg.bins, (part + 1) / self.cfg.bins)
         noise = samplers.initial_noise(self._key, index, latent.shape[1:])
         examples = {"latent": latent, "label": batch["label"], "noise": noise, "time": time}
         loss = self._task.losses(variables, examples) * batch["mask"]

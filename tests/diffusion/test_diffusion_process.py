@@ -366,8 +366,10 @@ def test_a_built_process_keeps_its_own_config():
 @pytest.mark.parametrize(
     "cfg",
     [ProcessConfig(kind=Kind.flow, predict=Space.v, loss_space=Space.v, shift=3.0),
-     ProcessConfig(kind=Kind.flow, predict=Space.v, loss_space=Space.v, shift=1.4,
-                   times=TimeDraw.logit_normal, time_mean=-0.5, time_std=1.3),
+     # Shifts whose t / (s - (s - 1) t) is above 1 at t = 1 in float32.
+     *(ProcessConfig(kind=Kind.flow, predict=Space.v, loss_space=Space.v, shift=s,
+                     times=TimeDraw.logit_normal, time_mean=-0.5, time_std=1.3)
+       for s in (1.3, 2.1213, 4.2426)),
      ProcessConfig(), ProcessConfig(kind=Kind.ddpm)],
 )  # fmt: skip
 def test_quantiles_and_shares_are_those_of_the_drawn_times(cfg):
