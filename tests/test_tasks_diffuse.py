@@ -13,7 +13,7 @@ import runs
 import tiny
 from diffusing import make
 
-from dcae_jax import autoencoder, config, sharding
+from dcae_jax import autoencoder, checkpoint, config, sharding
 from dcae_jax.config import InitWeights
 from dcae_jax.data.latents import LatentDataConfig
 from dcae_jax.data.pipeline import DataConfig
@@ -161,6 +161,16 @@ def test_a_stale_cache_is_noticed_before_a_run_begins(cache, workdir, tmp_path):
     with pytest.raises(UserError, match="the cached latents are stale"):
         diffusing.run(cfg, tmp_path / "run")
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_damaged_autoencoder_does_not_stop_a_run_on_a_whole_cache(workdir, tmp_path):
+    copied = shutil.copytree(workdir, tmp_path / "ae")
+    for path in copied.rglob("meta/metadata"):
+        path.write_text("{")
+    with pytest.raises(UserError, match="no valid checkpoint"):
+        checkpoint.source_meta(str(copied))
+    manifest = replace(make().data.manifest(), autoencoder=str(copied))
+    autoencoder.require_current(manifest)
 
 
 def test_held_out_latents_of_another_encoder_are_refused(cache, tmp_path):
