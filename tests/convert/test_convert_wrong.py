@@ -421,11 +421,15 @@ def test_nothing_is_overwritten(folder, tmp_path):
     out.mkdir()
     (out / "mine.txt").write_text("mine")
     before = sorted(tmp_path.rglob("*"))
+    full = "exists and is not empty"
+    refused("import", "--from", folder, "--out", out, match=full)
+    refused("export", "--workdir", folder, "--to", "diffusers", "--out", out, match=full)
+    (out / "checkpoints").mkdir()
     incomplete = r"exists and has no config\.json: its writer did not finish"
     refused("import", "--from", folder, "--out", out, match=incomplete)
-    refused("export", "--workdir", folder, "--to", "diffusers", "--out", out, match=incomplete)
+    (out / "checkpoints").rmdir()
     (out / "config.json").write_text("{}")
-    refused("import", "--from", folder, "--out", out, match="exists and is not empty")
+    refused("import", "--from", folder, "--out", out, match=full)
     refused("import", "--from", folder, "--out", out / "mine.txt", match="is not empty")
     (out / "config.json").unlink()
     assert sorted(tmp_path.rglob("*")) == before
