@@ -150,6 +150,7 @@ def test_hidden_tokens_are_those_of_a_shorter_network(scan: bool) -> None:
         assert hidden.shape == (3, 8, 32) and hidden.dtype == jnp.float32
 
 
+@pytest.mark.slow
 def test_a_mesh_changes_no_number() -> None:
     mesh_agrees(tiny(width=64, **MODERN))
 

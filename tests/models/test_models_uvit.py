@@ -306,6 +306,7 @@ def mesh_agrees(cfg: Any) -> None:
     close(together, alone, 1e-5)
 
 
+@pytest.mark.slow
 def test_a_mesh_changes_no_number() -> None:
     mesh_agrees(tiny(width=64))
 

@@ -92,7 +92,9 @@ def test_pairwise_is_a_pairwise_cover():
         assert seen == set(itertools.product(first, second))
 
 
-@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize(
+    "phase", [PHASES[0], *(pytest.param(p, marks=pytest.mark.slow) for p in PHASES[1:])]
+)
 def test_adamw_ema_and_statistics_agree_on_a_zero1_mesh(phase):
     """The whole step: AdamW, EMA and LeCam's anchors with sharded optimizer state."""
     one, many = (
@@ -120,6 +122,7 @@ def test_promise_1_product(phase, mesh, microbatches, remat):
     check(phase, mesh, microbatches, remat)
 
 
+@pytest.mark.slow
 def test_promise_1_kl_autoencoder():
     """Group norms and attention over a sharded height, samples of the latent over microbatches."""
 
