@@ -16,10 +16,10 @@ export GLIBC_TUNABLES := glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.ma
 # A folder of compiled programs: the second run starts at once.
 export JAX_COMPILATION_CACHE_DIR ?= $(HOME)/.cache/dcae_jax/xla
 
-.PHONY: help setup train report test test-all parity lint ablation bench clean
+.PHONY: help setup train demo-diffusion report test test-all parity lint ablation bench clean
 
 help:  ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 setup: $(READY)  ## make .venv with the pinned requirements
 
@@ -31,6 +31,11 @@ $(READY): requirements.txt requirements-dev.txt $(CONSTRAINTS)
 
 train: $(READY)  ## phases 1 -> 2 -> 3 of a small DC-AE on the built-in photographs
 	PYTHON=$(BIN)/python launch/three_phases.sh configs/demo.py $(WORKDIR)
+
+demo-diffusion: $(READY)  ## diffusion on latents of the demo's autoencoder (trained first)
+	test -e $(WORKDIR)/phase3/summary.json || $(MAKE) train
+	PYTHON=$(BIN)/python launch/demo_diffusion.sh \
+	  $(WORKDIR)/phase3 $(WORKDIR)_latents $(WORKDIR)_diffusion
 
 report: $(READY)  ## rebuild runs/demo/report.html
 	$(BIN)/python -m dcae_jax report --workdir $(WORKDIR)

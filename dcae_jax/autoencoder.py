@@ -4,6 +4,7 @@ A source is the workdir of a run (or of an import), one step directory of it, a 
 PyTorch layout, or a name on the Hugging Face hub.
 """
 
+import copy
 import dataclasses
 import functools
 import hashlib
@@ -13,16 +14,21 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import jax
+from absl import logging
 from etils import epath
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from dcae_jax import checkpoint
 from dcae_jax import config as config_lib
 from dcae_jax.config import InitWeights, JSONValue
 from dcae_jax.convert import from_torch
+from dcae_jax.data.latents import Manifest
 from dcae_jax.errors import UserError
 from dcae_jax.models.dcae import DCAEConfig, abstract_variables
 from dcae_jax.models.kl_vae import KLVAEConfig
+from dcae_jax.models.layers import Dtype
+from dcae_jax.step import ema_name
 from dcae_jax.tasks.autoencode import AutoencodeConfig
 from dcae_jax.tree import Tree
 
@@ -58,9 +64,28 @@ class Autoencoder:
     encoder: str  # digest of the encoder's weights: latents of equal encoders are equal
     factor_origin: str = ""  # for people: where the scaling factor comes from, or why there is none
 
+    @functools.cached_property
+    def decoder(self) -> str:
+        """Digest of the decoder's weights, which latents do not depend on."""
+        return decoder_digest(self.variables)
+
+    def placed(self, mesh: Mesh, dtype: Dtype | None = None) -> "Autoencoder":
+        """The same, its weights whole on every device of the mesh, computing in `dtype`."""
+        model = copy.deepcopy(self.cfg)
+        if dtype is not None:
+            model.dtype, model.conv_dtype = dtype, None
+        variables = jax.device_put(self.variables, NamedSharding(mesh, PartitionSpec()))
+        return dataclasses.replace(self, cfg=model, variables=variables)
+
     def encode(self, images: Float[Array, "b H W c"]) -> Float[Array, "b h w f"]:
         """The f32 latents of images in [-1, 1]; sides must be multiples of the factor."""
         return _compiled(self.cfg, "encode")(self.variables, images)
+
+    def moments(
+        self, images: Float[Array, "b H W c"]
+    ) -> tuple[Float[Array, "b h w f"], Float[Array, "b h w f"] | None]:
+        """The f32 mean and log variance of the latents; None where there is no variance."""
+        return _compiled(self.cfg, "moments")(self.variables, images)
 
     def decode(self, latents: Float[Array, "b h w f"]) -> Float[Array, "b H W c"]:
         """The f32 reconstructions, near [-1, 1] but not clamped."""
@@ -84,6 +109,8 @@ def load(
     """
     path = checkpoint.absolute(source)
     if path.is_dir() and checkpoint.has_steps(path):
+        if part is not None:
+            raise UserError(f"--part {part}: {path} is a workdir; --params chooses its weights")
         return _from_run(source, weights)
     return imported(from_torch.load(source, variant, part, also="a workdir, "))
 
@@ -121,8 +148,11 @@ def _from_run(source: str, weights: InitWeights) -> Autoencoder:
 
 
 def abstract(cfg: DCAEConfig | KLVAEConfig) -> dict[str, Tree]:
-    """Shapes of the items `params` and `stats` of an autoencoder's checkpoint, on one device."""
-    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    """Shapes of the items `params` and `stats` of an autoencoder's checkpoint, on one device.
+
+    It is one of this process: each process has the weights for itself.
+    """
+    place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     placed = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), abstract_variables(cfg)
     )
@@ -132,8 +162,55 @@ def abstract(cfg: DCAEConfig | KLVAEConfig) -> dict[str, Tree]:
 
 def encoder_digest(variables: Tree) -> str:
     """A digest of the encoder's weights and statistics, the same on every mesh."""
-    part = {name: tree["encoder"] for name, tree in variables.items() if "encoder" in tree}
+    return _digest(variables, "encoder")
+
+
+def decoder_digest(variables: Tree) -> str:
+    """The same of the decoder."""
+    return _digest(variables, "decoder")
+
+
+def _digest(variables: Tree, half: str) -> str:
+    part = {name: tree[half] for name, tree in variables.items() if half in tree}
     rows = checkpoint.leaf_table(part)
+    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
+
+
+def require_current(manifest: Manifest) -> None:
+    """UserError if the run that made a cache is here and has another encoder by now.
+
+    It reads the digests that the checkpoint records, no weights; weights in a PyTorch layout, and
+    those on the hub, do not change under their name.
+    """
+    path = checkpoint.absolute(manifest.autoencoder)
+    if not (manifest.encoder and path.is_dir() and checkpoint.has_steps(path)):
+        return
+    try:
+        meta = checkpoint.source_meta(manifest.autoencoder)
+    except UserError as e:  # the cache itself is whole
+        logging.warning("whether the cached latents are stale is not known: %s", e)
+        return
+    found = _recorded_digest(meta, InitWeights(manifest.weights))
+    if found != manifest.encoder:
+        raise UserError(
+            f"the cached latents are stale: their encoder is {manifest.encoder[:16]} "
+            f"({manifest.description}), and {manifest.autoencoder} has {found[:16]} now (step "
+            f"{meta['step']}). Cache the latents of this one (python -m dcae_jax cache-latents, "
+            "another --out), or put back the autoencoder that they were made with"
+        )
+
+
+def _recorded_digest(meta: checkpoint.Meta, weights: InitWeights) -> str:
+    """`encoder_digest` of a checkpoint's weights, from its table of leaves."""
+    saved, rows = meta["leaves"], {}
+    ema = weights is InitWeights.ema and "ema" in saved
+    name = ema_name(meta["config"]["ema"]["decays"][0]) if ema else ""
+    for kind, ours in (("params", "params"), ("stats", "batch_stats")):
+        item, prefix = ("ema", f"{name}/{kind}/") if ema else (kind, "")
+        prefix += "ae/encoder/"
+        for key, row in saved[item].items() if item in saved else ():
+            if key.startswith(prefix):
+                rows[f"{ours}/{key.removeprefix(prefix)}"] = row
     return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
 
 
@@ -170,6 +247,19 @@ def _recorded(workdir: epath.Path, encoder: str) -> Factor | None:
     if origin is None or origin.encoder != encoder or origin.scaling_factor is None:
         return None
     return Factor(origin.scaling_factor, f"recorded by the import in {workdir}")
+
+
+def measured(source: str, encoder: str) -> dict[str, JSONValue] | None:
+    """What `latent-stats` found of this encoder, in a workdir or one that it was initialised from.
+
+    None if `source` is no workdir, or nothing was measured.
+    """
+    path = checkpoint.absolute(source)
+    if not (path.is_dir() and checkpoint.has_steps(path)):
+        return None
+    chain, _ = _chain(checkpoint.workdir_of(source))
+    found = [stats for folder in chain if (stats := read_stats(folder)) is not None]
+    return next((stats for stats in found if stats["encoder"] == encoder), None)
 
 
 def _measured(workdir: epath.Path, encoder: str, notes: list[str]) -> Factor | None:

@@ -68,6 +68,8 @@ def _digests(leaves: list[Array]) -> list[int]:
             for x in leaves
         ]  # fmt: skip
         local = [sum(int(v) for v in shards) for shards in jax.device_get(parts)]
+    if all(x.is_fully_addressable for x in leaves):  # each process has a copy of its own
+        return [v % 2**32 for v in local]
     return [int(v) % 2**32 for v in distributed.total(np.array(local, np.uint64))]
 
 

@@ -4,14 +4,12 @@ uint8 pixels to f32 latents and back: what `reconstruct`, `encode` and `decode` 
 """
 
 import contextlib
-import copy
 import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 from jaxtyping import Array, Float, Shaped, UInt8
 
 from dcae_jax import sharding, tiling
@@ -89,7 +87,7 @@ class Codec:
         self._cfg, self._say = cfg, say
         mesh = MeshConfig(data=1, fsdp=1, spatial=cfg.spatial)
         self._mesh = sharding.make_mesh(mesh, jax.devices()[: cfg.spatial])
-        self._net = place(net, cfg.dtype, self._mesh)
+        self._net = net.placed(self._mesh, cfg.dtype)
         self._compiled: set[tuple[str, tuple[int, ...]]] = set()
 
     def untiled(self) -> "Codec":
@@ -146,14 +144,6 @@ class Codec:
                 f"  not shared by {self._cfg.spatial} devices, but computed on each: "
                 f"{', '.join(alone)}"
             )
-
-
-def place(net: Autoencoder, dtype: Dtype, mesh: Mesh) -> Autoencoder:
-    """The autoencoder computing in `dtype`, its weights whole on every device of the mesh."""
-    model = copy.deepcopy(net.cfg)
-    model.dtype, model.conv_dtype = dtype, None
-    variables = jax.device_put(net.variables, sharding.replicated(mesh))
-    return dataclasses.replace(net, cfg=model, variables=variables)
 
 
 def precision(dtype: Dtype) -> contextlib.AbstractContextManager[None]:

@@ -199,7 +199,7 @@ class RunConfig:
     batch: int = 0  # examples per optimizer step, over all devices
     microbatches: int = 1  # each step's batch is worked off in so many parts (saves memory only)
     task: Any = None  # what is trained: a config of dcae_jax/tasks/
-    data: Any = None  # dcae_jax.data.pipeline.DataConfig
+    data: Any = None  # images (data.pipeline.DataConfig) or latents (data.latents)
     optim: OptimConfig = field(default_factory=OptimConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)

@@ -34,6 +34,15 @@ def _refuse_full(folder: epath.Path, inside: list[str], option: str) -> None:
 
 @contextlib.contextmanager
 def claimed(folder: epath.Path, option: str) -> Iterator[None]:
+    """As `locked`, for a folder that must be empty; UserError if it is not."""
+    with locked(folder, option):
+        if "://" not in str(folder):
+            _refuse_full(folder, os.listdir(folder), option)  # another one may have come and gone
+        yield
+
+
+@contextlib.contextmanager
+def locked(folder: epath.Path, option: str) -> Iterator[None]:
     """Makes the folder and keeps other commands out of it; UserError if one is there already.
 
     The lock is on the folder itself and dies with the process.  An object store has no locks.
@@ -51,10 +60,16 @@ def claimed(folder: epath.Path, option: str) -> Iterator[None]:
             raise UserError(f"{option} {folder} is in use by another command") from e
         except OSError as e:
             logging.warning("%s cannot be locked (%s): start no second command there", folder, e)
-        _refuse_full(folder, os.listdir(folder), option)  # another one may have come and gone
         yield
     finally:
         os.close(handle)
+
+
+def leftovers(folder: epath.Path) -> list[epath.Path]:
+    """What a killed writer of `opened` left there; nobody misses it."""
+    if "://" in str(folder) or not folder.is_dir():
+        return []
+    return [p for p in folder.iterdir() if p.name.startswith(".") and p.name.endswith(".part")]
 
 
 def new_file(path: str, suffix: str, option: str) -> epath.Path:

@@ -31,7 +31,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "nump
 # On resume these may change freely: they do not touch the numbers of the run.
 CADENCE = (
     r"report\..*|checkpoint\..*|evals(\[.*|$)|name|compile_cache|nonfinite.*|mesh\..*|microbatches"
-    r"|data\.(threads|workers|prefetch|cache_mb|max_bad_fraction)|task\.model\.remat.*"
+    r"|data\.((images\.)?(threads|workers|prefetch|cache_mb|max_bad_fraction)|path|autoencoder)|task\.model\.remat.*"
     r"|deterministic|init_from|init_weights"
 )
 # These make it another run: model shape, phase, data identity and order.
@@ -116,11 +116,11 @@ def check(
         say(f"config changed since the last start: {path}: {before} -> {after}{note}")
 
 
-def write(workdir: epath.Path, cfg: RunConfig, data: str) -> None:
-    """Records what runs from now on in config.json."""
+def write(workdir: epath.Path, cfg: RunConfig, data: str, more: dict[str, JSONValue]) -> None:
+    """Records what runs from now on, and what the task keeps beside it, in config.json."""
     distributed.barrier("config compared")
     if distributed.is_main():
-        record = meta(cfg, data) | {"command": sys.argv, "started": _now()}
+        record = meta(cfg, data) | more | {"command": sys.argv, "started": _now()}
         (workdir / "config.json").write_text(json.dumps(record, indent=2))
 
 
@@ -156,13 +156,13 @@ def write_summary(
 ) -> None:  # fmt: skip
     """summary.json: what the report's table shows of this run."""
     rows = writers.read_metrics(workdir)
-    names = [e.name for e in cfg.evals]
+    names, untrained = [e.name for e in cfg.evals], [r for r in rows if r["step"] == 0]
     record = {
         "name": cfg.name,
         "resolution": cfg.data.resolution,
         **task.summary(),
         **totals,
-        "evals": {"before": _scores(rows, names), "after": _scores(rows[::-1], names)},
+        "evals": {"before": _scores(untrained, names), "after": _scores(rows[::-1], names)},
         "baselines": baselines,
         "steps": cfg.steps,  # of the run, not of this attempt as in the totals
     }
@@ -173,8 +173,9 @@ def _scores(rows: list[dict[str, Any]], names: list[str]) -> dict[str, dict[str,
     """The scores of each evaluator in the first row that has them."""
     found: dict[str, dict[str, float]] = {}
     for name in names:
-        row = next((r for r in rows if f"{name}/psnr" in r), {})
-        found[name] = {k.split("/")[-1]: v for k, v in row.items() if k.startswith(f"{name}/")}
+        of_this = ({k: v for k, v in r.items() if k.startswith(f"{name}/")} for r in rows)
+        if row := next((r for r in of_this if r), {}):
+            found[name] = {k.split("/")[-1]: v for k, v in row.items()}
     return found
 
 

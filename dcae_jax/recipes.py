@@ -24,6 +24,7 @@ from dcae_jax.evals.reconstruct import ReconstructConfig
 from dcae_jax.models.base import AutoencoderConfig
 from dcae_jax.models.dcae import DCAEConfig, Remat, from_scratch
 from dcae_jax.models.kl_vae import KLVAEConfig
+from dcae_jax.online import OnlineDataConfig
 from dcae_jax.tasks.autoencode import (
     AdversarialConfig,
     AutoencodeConfig,
@@ -74,10 +75,17 @@ def use_source(
 
     All hold the same object, so one flag (--config.data.source.path=...) changes it everywhere.
     """
-    cfg.data.source, cfg.data.split = source, train
+    _images(cfg.data).source, _images(cfg.data).split = source, train
     for evaluator in cfg.evals:
-        evaluator.data.source, evaluator.data.split = source, test
+        if hasattr(evaluator, "data"):  # a grid of samples reads nothing
+            images = _images(evaluator.data)
+            images.source, images.split = source, test
     return cfg
+
+
+def _images(data: DataConfig | OnlineDataConfig) -> DataConfig:
+    """The images that are read; those that are encoded in the step as well."""
+    return data.images if isinstance(data, OnlineDataConfig) else data
 
 
 def use_model(cfg: RunConfig, model: DCAEConfig | KLVAEConfig) -> RunConfig:

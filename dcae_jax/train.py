@@ -20,9 +20,20 @@ from absl import logging
 from etils import epath
 from jax.sharding import Mesh
 
-from dcae_jax import checkpoint, distributed, optim, provenance, rng, sharding, step, tree
+from dcae_jax import (
+    autoencoder,
+    checkpoint,
+    distributed,
+    optim,
+    provenance,
+    rng,
+    sharding,
+    step,
+    tree,
+)
 from dcae_jax.config import InitWeights, NonFinite, RunConfig
 from dcae_jax.data import pipeline
+from dcae_jax.data.latents import LatentDataConfig
 from dcae_jax.errors import UserError
 from dcae_jax.report import flops, html, phases, progress, writers
 from dcae_jax.step import TrainState
@@ -51,6 +62,7 @@ class Run:
     evaluators: dict[str, Any]
     batches: pipeline.BatchIterator
     data: str  # fingerprint of the records
+    record: dict[str, Any]  # what the task keeps in every checkpoint
     evaluated_at: int = -1  # steps after which the evaluators last ran to the end
     saved_at: float = field(default_factory=time.monotonic)
     scores: dict[str, float] = field(default_factory=dict)  # of the last evaluation
@@ -75,6 +87,9 @@ def train(
     with jax.set_mesh(mesh), _disk_errors(path), provenance.lock(path):
         if provenance.is_finished(path, cfg, force):
             say(f"{path}: already finished; nothing to do (summary.json is there)")
+            report = path / "report.html"
+            if distributed.is_main() and not report.exists():  # killed while it was written
+                html.build_report([path], report)
             return DONE
         return _work(_start(cfg, path, mesh, preemption, force))
 
@@ -203,15 +218,18 @@ def _start(
     force: bool,
 ) -> Run:  # fmt: skip
     """Opens data and workdir, finds the weights, prints what is about to happen."""
-    data = pipeline.fingerprint(cfg.data)
+    data = cfg.data.fingerprint()
     provenance.check(workdir, cfg, data, force, say)
     task = cfg.task.build(cfg)
     for line in task.describe():
         say(line)
+    if isinstance(cfg.data, LatentDataConfig):
+        autoencoder.require_current(cfg.data.manifest())
     constants = jax.device_put(task.constants(training=True), sharding.replicated(mesh))
+    evaluators = {e.name: e.build(cfg, task, mesh) for e in cfg.evals}  # they look at their data
     checkpoints = checkpoint.Checkpoints(workdir, cfg.checkpoint)
     state, shardings, meta = _weights(cfg, workdir, mesh, task, checkpoints)
-    provenance.write(workdir, cfg, data)
+    provenance.write(workdir, cfg, data, task.record())
     first = int(jax.device_get(state.step))
     for line in describe_optimizers(task, state.params):
         say(line)
@@ -224,12 +242,12 @@ def _start(
             cfg.batch, first, devices=mesh.size, cores=os.cpu_count() or 1,
             carried=meta["clock"] if meta else {},
         ),
-        evaluators={e.name: e.build(cfg, task, mesh) for e in cfg.evals},
-        batches=pipeline.batches(
-            cfg.data, batch=cfg.batch, seed=cfg.seed, start_step=first,
+        evaluators=evaluators,
+        batches=cfg.data.batches(
+            batch=cfg.batch, seed=cfg.seed, start_step=first,
             shard=pipeline.Shard(*sharding.row_shard(mesh)),
         ),
-        data=data,
+        data=data, record=task.record(),
     )  # fmt: skip
     if meta:
         run.scores, run.evaluated_at = meta["scores"], meta["evaluated_at"]
@@ -388,11 +406,10 @@ class _Programs:
 
 
 def abstract_batch(cfg: RunConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes, dtypes and shardings of a global batch, without opening the data."""
-    side = cfg.data.resolution
+    """Shapes, dtypes and shardings of a global batch, without reading any record."""
     shapes = {
-        "image": jax.ShapeDtypeStruct((cfg.batch, side, side, 3), np.uint8),
-        "label": jax.ShapeDtypeStruct((cfg.batch,), np.int32),
+        k: jax.ShapeDtypeStruct(shape, dtype)
+        for k, (shape, dtype) in cfg.data.abstract_batch(cfg.batch).items()
     }
     placed = sharding.batch_shardings(shapes, mesh)
     return {
@@ -456,7 +473,7 @@ def _log(run: Run, done: int, pending: list[Row], step_flops: float | None) -> N
     # In float64, so that rows that went through a checkpoint give the same mean.
     # A config changed on resume may have added or removed a metric in the middle of the interval.
     names = dict.fromkeys(k for row in rows for k in row)
-    means = {k: float(np.mean([float(r[k]) for r in rows if k in r])) for k in names}
+    means = _rooted({k: float(np.mean([float(r[k]) for r in rows if k in r])) for k in names})
     interval = run.clock.interval(done)
     memory = jax.local_devices()[0].memory_stats() or {}
     speed = interval.images_per_s
@@ -478,6 +495,12 @@ def _log(run: Run, done: int, pending: list[Row], step_flops: float | None) -> N
     row |= {"data/bad": stats["bad"]}
     row |= {f"data/rows/{name}": count for name, count in stats["rows_per_source"].items()}
     _write(run, done, row)
+
+
+def _rooted(means: dict[str, float]) -> dict[str, float]:
+    """Mean squares, which add up over microbatches and steps, as roots: x_ms becomes x_rms."""
+    roots = {f"{k.removesuffix('_ms')}_rms": v**0.5 for k, v in means.items() if k.endswith("_ms")}
+    return {k: v for k, v in means.items() if not k.endswith("_ms")} | roots
 
 
 def _mfu(
@@ -544,7 +567,7 @@ def _save(run: Run, wait: bool = False) -> None:
     """Starts a checkpoint; the clock's totals go into it."""
     with run.clock.pause("checkpoint"):
         rows = [{k: float(v) for k, v in row.items()} for row in jax.device_get(run.pending)]
-        meta = provenance.meta(run.cfg, run.data) | {
+        meta = provenance.meta(run.cfg, run.data) | run.record | {
             "clock": run.clock.totals(), "evaluated_at": run.evaluated_at, "scores": run.scores,
             "pending": rows, "bad_steps": run.bad_steps,
         }  # fmt: skip
@@ -562,10 +585,9 @@ def _finish(run: Run) -> None:
     _save(run, wait=True)
     baselines = {}
     for name, evaluator in run.evaluators.items():
-        if evaluator.cfg.baselines:
-            run.preemption.check()
-            with progress.working(f"baselines of {name}", enabled=distributed.is_main()):
-                baselines[name] = evaluator.baselines()
+        run.preemption.check()
+        with progress.working(f"closing {name}", enabled=distributed.is_main()):
+            baselines[name] = evaluator.baselines()
     if distributed.is_main():
         totals = run.clock.totals()
         provenance.write_summary(run.workdir, run.cfg, run.task, totals, baselines)

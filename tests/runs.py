@@ -60,8 +60,11 @@ class StopAt(distributed.Preemption):
 
 
 def make_config(arg, **changes):
-    """A resolved config; changes like steps=5 or **{"checkpoint.every": 1}."""
-    cfg = flags.load(f"{ROOT / CONFIG}:{arg}")
+    """A resolved config; changes like steps=5 or **{"checkpoint.every": 1}.
+
+    `arg` is the argument of the tiny run, or a config itself.
+    """
+    cfg = flags.load(f"{ROOT / CONFIG}:{arg}") if isinstance(arg, str) else arg
     for path, value in changes.items():
         node, (*parents, last) = cfg, path.split(".")
         for name in parents:

@@ -74,7 +74,7 @@ def test_default_overlap_is_a_quarter_of_the_tile() -> None:
 
 
 @pytest.mark.parametrize("devices", [2, 4, 8])
-@pytest.mark.parametrize("model", [tiny.model, tiny.kl_model])
+@pytest.mark.parametrize("model", [tiny.model, pytest.param(tiny.kl_model, marks=pytest.mark.slow)])
 def test_spatial_equals_one_device(devices, model) -> None:
     """70 rows: padded to 72, which 2, 4 and 8 devices divide at full size, but not below."""
     net, image = networks.in_memory(model()), networks.picture(70, 50)

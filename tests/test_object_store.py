@@ -31,7 +31,7 @@ def write_run(workdir, cfg):
     task = cfg.task.build(cfg)
     with provenance.lock(workdir):
         provenance.check(workdir, cfg, "digest", False, print)
-        provenance.write(workdir, cfg, "digest")
+        provenance.write(workdir, cfg, "digest", {})
         picture = np.zeros((8, 8, 3), np.uint8)
         for writer in writers.make_writers(workdir, 0, tensorboard=True):
             for k in (0, 5):
@@ -58,6 +58,18 @@ def test_a_run_without_checkpoints_on_an_object_store(workdir, capsys):
     assert "report.every: 3 -> 7\n" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"data.\(records\): digest -> other"):
         provenance.check(workdir, cfg, "other", False, print)
+
+
+def test_what_was_not_measured_before_training_is_not_in_the_summary(workdir):
+    cfg = runs.make_config("phase1", steps=5)
+    for writer in writers.make_writers(workdir, 0, tensorboard=False):
+        writer.write_scalars(5, SCORES)
+        writer.close()
+    provenance.write_summary(workdir, cfg, cfg.task.build(cfg), {}, {})
+    found = json.loads((workdir / "summary.json").read_text())["evals"]
+    assert found["before"] == {} and found["after"]["folder-32-test"]["psnr"] == SCORES[
+        "folder-32-test/psnr"
+    ]  # fmt: skip
 
 
 def test_a_writer_that_dies_leaves_the_old_object(workdir):

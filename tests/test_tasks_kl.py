@@ -84,6 +84,7 @@ def test_losses_come_from_a_sample_and_predictions_from_the_mean():
     np.testing.assert_allclose(predicted, of_the_mean, atol=5e-5)
 
 
+@pytest.mark.slow
 def test_the_noise_does_not_depend_on_microbatches():
     found = []
     for microbatches in (1, 4):
@@ -94,7 +95,9 @@ def test_the_noise_does_not_depend_on_microbatches():
         np.testing.assert_allclose(found[1][name], found[0][name], rtol=1e-5, err_msg=name)
 
 
-@pytest.mark.parametrize("phase", [Phase.high_res_latent, Phase.low_res_local])
+@pytest.mark.parametrize(
+    "phase", [pytest.param(Phase.high_res_latent, marks=pytest.mark.slow), Phase.low_res_local]
+)
 def test_frozen_parts_stay_and_the_others_move(phase):
     trainer = tiny.Trainer(kl_run(phase))
     before = tree.flatten(jax.device_get(trainer.state.params["ae"]))

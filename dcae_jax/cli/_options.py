@@ -1,6 +1,7 @@
 """Options that the commands for images share, and what is made of them."""
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -10,6 +11,7 @@ if TYPE_CHECKING:
     from dcae_jax.codec import Codec, CodecConfig
     from dcae_jax.config import InitWeights
     from dcae_jax.data.files import ImageFile
+    from dcae_jax.data.pipeline import DataConfig
     from dcae_jax.data.transforms import Pixels
 
 FROM = (
@@ -27,15 +29,15 @@ def parser(name: str, doc: str) -> argparse.ArgumentParser:
     )
 
 
-def add_source(to: argparse.ArgumentParser) -> None:
-    """Which weights."""
+def add_source(to: argparse.ArgumentParser, activations: str = "--dtype") -> None:
+    """Which weights, and by the option `activations` the type to compute in."""
     to.add_argument("--from", dest="source", required=True, metavar="DIR_OR_HUB_NAME", help=FROM)
     to.add_argument(
         "--variant", metavar="NAME", help="the release, where a bare file leaves it open"
     )
     add_weights(to)
     to.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), default="float32",
+        activations, choices=("float32", "bfloat16"), default="float32",
         help="of activations; float32 (default) gives the same numbers on every device, bfloat16 "
         "is faster on accelerators and needs half the memory",
     )  # fmt: skip
@@ -65,6 +67,50 @@ def add_images(to: argparse.ArgumentParser) -> None:
         "--images", nargs="+", required=True, metavar="PATH",
         help="image files, and folders, which are read with their subfolders",
     )  # fmt: skip
+
+
+def add_filters(to: argparse.ArgumentParser) -> None:
+    """Which images of a data set are left out, and how many bad ones are too many."""
+    to.add_argument(
+        "--min-size", type=int, metavar="PX",
+        help="leave images out whose shorter side is below; default: that of the data",
+    )  # fmt: skip
+    to.add_argument(
+        "--max-bad-fraction", type=float, metavar="X",
+        help="of images that cannot be used, above which it stops; default: that of the data",
+    )  # fmt: skip
+
+
+def filter_problems(args: argparse.Namespace) -> list[str]:
+    """What of `add_filters` cannot be."""
+    found = []
+    if args.min_size is not None and args.min_size < 0:
+        found.append(f"--min-size {args.min_size} must be at least 0")
+    if args.max_bad_fraction is not None and not 0 <= args.max_bad_fraction <= 1:
+        found.append(f"--max-bad-fraction {args.max_bad_fraction} must lie in 0..1")
+    return found
+
+
+def filter_images(data: "DataConfig", args: argparse.Namespace) -> None:
+    """Takes over what `add_filters` was given."""
+    if args.min_size is not None:
+        data.min_size = args.min_size
+    if args.max_bad_fraction is not None:
+        data.max_bad_fraction = args.max_bad_fraction
+
+
+@contextlib.contextmanager
+def own_options() -> "Iterator[None]":
+    """Messages of the data pipeline name fields of a config; the command has options for them."""
+    from dcae_jax.errors import UserError
+
+    try:
+        yield
+    except UserError as e:
+        text = str(e)
+        for name in ("max_bad_fraction", "min_size"):
+            text = text.replace(f"data.{name}", f"--{name.replace('_', '-')}")
+        raise UserError(text) from e
 
 
 def add_codec(to: argparse.ArgumentParser) -> None:

@@ -116,7 +116,7 @@ def table(found: Check, cfg: DataConfig) -> str:
 
 def speed(cfg: DataConfig, batch: int, seed: int, seconds: float) -> str:
     """Images per second of the training pipeline itself, as this config sets it up."""
-    with pipeline.batches(cfg, batch=batch, seed=seed) as batches:
+    with cfg.batches(batch=batch, seed=seed) as batches:
         begin = time.perf_counter()
         next(batches)
         first = time.perf_counter() - begin

@@ -1,11 +1,15 @@
-"""Export an autoencoder to PyTorch: the diffusers or the official layout, checked where it can be.
+"""Export an autoencoder or diffusion model to PyTorch, checked there where it can be.
 
-OUT holds config.json, the weights, parity.npz (an input with its latent and reconstruction) and a
+OUT holds config.json, the weights, parity.npz (an input with what the network makes of it) and a
 README.md with the PyTorch lines that check them.  Where torch and diffusers are installed, the
 folder is loaded and run at once; --verify makes that mandatory.
+
+Layouts: official (efficientvit, DC-Gen), diffusers (AutoencoderDC, AutoencoderKL, DiT), and of
+diffusion models u_vit (baofff) and dit (DiT and SiT as their authors name them).
 """
 
 import argparse
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from dcae_jax.cli import _options
@@ -17,24 +21,47 @@ if TYPE_CHECKING:
     from dcae_jax.convert.to_torch import Export
 
 
+DIFFUSION_ONLY = ("u_vit", "dit")
+
+
 def main(argv: list[str]) -> int:
     """Entry point of `python -m dcae_jax export`."""
     args = _parser().parse_args(argv)
-    from dcae_jax import autoencoder, backend, checkpoint
+    from dcae_jax import backend, checkpoint
+    from dcae_jax.cli import _diffusion
     from dcae_jax.convert import folder, to_torch
 
     out = checkpoint.absolute(args.out)
     with folder.filling(out, to_torch.FILES):
         backend.compile_cache("auto")
-        weights = _options.weights(args)
-        export = _plan(autoencoder.load(args.workdir, weights, part=args.part), args)
-        _check_verifiable(export, out, args.verify)
-        to_torch.fill(export, out)
+        write = _diffusion.export_model if _diffusion.is_run(args.workdir, args.part) else _export
+        finish = write(args, out)
+    finish()
+    return 0
+
+
+def _export(args: argparse.Namespace, out: "epath.Path") -> Callable[[], None]:
+    """Writes an autoencoder; returns what to do with the whole folder."""
+    from dcae_jax import autoencoder
+    from dcae_jax.convert import to_torch
+    from dcae_jax.errors import UserError
+
+    if args.to in DIFFUSION_ONLY or args.diffusers_times:
+        what = "--diffusers-times" if args.diffusers_times else f"--to {args.to}"
+        raise UserError(f"{what} is for diffusion models; {args.workdir} is an autoencoder")
+    weights = _options.weights(args)
+    export = _plan(autoencoder.load(args.workdir, weights, part=args.part), args)
+    _check_verifiable(export, out, args.verify)
+    to_torch.fill(export, out)
+    return lambda: _finish(export, out)
+
+
+def _finish(export: "Export", out: "epath.Path") -> None:
+    """Says what was written, and checks it."""
     print(f"wrote {out}: {export.source}, scaling factor {export.scaling_factor:g}", flush=True)
     for note in _notes(export):
         print(f"  {note}", flush=True)
     _verify(export, out)
-    return 0
 
 
 def _notes(export: "Export") -> list[str]:
@@ -42,7 +69,8 @@ def _notes(export: "Export") -> list[str]:
     from dcae_jax import tree
     from dcae_jax.convert import names, to_torch
 
-    bad = names.not_finite(export.cfg, export.layout, tree.flatten(export.variables))
+    entries = names.table(export.cfg, export.layout)
+    bad = names.not_finite(entries, tree.flatten(export.variables))
     return [note for note in (bad, to_torch.unknown_to_official(export)) if note]
 
 
@@ -50,9 +78,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = _options.parser("export", __doc__)
     parser.add_argument(
         "--workdir", required=True, metavar="DIR",
-        help="of a run or an import, or one step of it; or what import takes",
+        help="of a run or an import, or one step of it; of autoencoders also what import takes",
     )  # fmt: skip
-    parser.add_argument("--to", required=True, choices=("diffusers", "official"), help="the layout")
+    layouts = ("diffusers", "official", *DIFFUSION_ONLY)
+    parser.add_argument("--to", required=True, choices=layouts, help="the layout")
     _options.add_weights(parser)
     parser.add_argument("--out", required=True, metavar="DIR", help="a new or empty folder")
     parser.add_argument(
@@ -62,6 +91,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--variant", metavar="NAME",
         help="a release with this network: the official code builds networks by such names",
+    )  # fmt: skip
+    parser.add_argument(
+        "--diffusers-times", action="store_true",
+        help="write a DiT --to diffusers although that gives it other time frequencies",
     )  # fmt: skip
     parser.add_argument("--verify", action="store_true", help="fail unless PyTorch has agreed")
     parser.add_argument(

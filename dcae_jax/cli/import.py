@@ -1,7 +1,14 @@
-"""Import an autoencoder from PyTorch's layouts: a folder, a file, or a name on the hub.
+"""Import an autoencoder or diffusion model from PyTorch: a folder, a file, or a name on the hub.
 
-The result is a workdir: --config.init_from, reconstruct, export and --mode=eval take it.  Tensors
-do not tell whose they are: of a bare file only --variant says it, and with it the scaling factor.
+The result is a workdir: --config.init_from, export and --mode=eval take it, reconstruct those of
+autoencoders, sample those of diffusion models.  Tensors do not tell whose they are: of a bare file
+only --variant says it, and with it the scaling factor.
+
+Diffusion models are UViT and USiT (efficientvit, DC-Gen, baofff), DiT and SiT (facebook, willisma,
+efficientvit, diffusers).  Tensors tell neither the process nor the latents they were trained on:
+--variant names a release, or a family ("usit") or size of one ("usit-h"); of weights that are no
+release's, --autoencoder names the autoencoder.  An autoencoder in the same file is left out;
+--part autoencoder imports it instead.
 """
 
 import argparse
@@ -21,18 +28,33 @@ def main(argv: list[str]) -> int:
     """Entry point of `python -m dcae_jax import`."""
     args = _parser().parse_args(argv)
     from dcae_jax import backend, checkpoint
-    from dcae_jax.convert import folder, from_torch
+    from dcae_jax.cli import _diffusion
+    from dcae_jax.convert import diffusion_from_torch, folder
 
     _refuse_workdir(args.source)
     out = checkpoint.absolute(args.out)
     with folder.filling(out, ours=("checkpoints",)):
         backend.compile_cache("auto")
-        found = from_torch.load(args.source, args.variant, args.part)
-        for line in _summary(found):
-            print(line, flush=True)
-        write(found, out)
+        if diffusion_from_torch.recognises(args.source, args.part):
+            _diffusion.import_model(args, out)
+        else:
+            _import_autoencoder(args, out)
     print(f"wrote {out}")
     return 0
+
+
+def _import_autoencoder(args: argparse.Namespace, out: "epath.Path") -> None:
+    from dcae_jax.convert import from_torch
+    from dcae_jax.errors import UserError
+
+    given = {"--autoencoder": args.autoencoder, "--scaling-factor": args.scaling_factor,
+             "--heads": args.heads}  # fmt: skip
+    if wrong := [name for name, value in given.items() if value is not None]:
+        raise UserError(f"{', '.join(wrong)} is for diffusion models, and {args.source} is none")
+    found = from_torch.load(args.source, args.variant, args.part)
+    for line in _summary(found):
+        print(line, flush=True)
+    write(found, out)
 
 
 def _refuse_workdir(source: str) -> None:
@@ -59,8 +81,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--part", metavar="NAME",
-        help="which weights of a training checkpoint that holds several, such as ema/0.9999",
+        help="which weights of a training checkpoint that holds several, such as ema/0.9999 or "
+        "ema; autoencoder: that of an official diffusion model's file",
     )  # fmt: skip
+    add = parser.add_argument
+    add("--autoencoder", metavar="AE", help="whose latents a diffusion model was trained on")
+    add("--scaling-factor", type=float, metavar="X",
+        help="that they were multiplied by, if it is not the autoencoder's own")  # fmt: skip
+    add("--heads", type=int, metavar="N", help="of a diffusion model of no published size")
     return parser
 
 

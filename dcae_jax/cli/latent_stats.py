@@ -13,7 +13,6 @@ The factor holds for one encoder: after phase 1 or 2 measure again; phase 3 leav
 is and finds the factor of the run it started from.
 """
 
-import contextlib
 import copy
 import json
 import time
@@ -22,8 +21,6 @@ from typing import TYPE_CHECKING, Any
 from dcae_jax.cli import _options
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from etils import epath
     from jax.sharding import Mesh
 
@@ -52,7 +49,7 @@ def main(argv: list[str]) -> int:
     data = _data(args, meta)
     net = _options.load(args)
     workdir = checkpoint.workdir_of(args.source) if meta else None
-    with _own_options():
+    with _options.own_options():
         count = _count(args, data)
     about = _about(args, net, data, count, meta)
     if workdir is not None and not args.force:
@@ -62,7 +59,7 @@ def main(argv: list[str]) -> int:
         f"{count} images at {data.resolution} px on {jax.device_count()} device(s); compiling",
         flush=True,
     )
-    with _own_options():
+    with _options.own_options():
         found = latent_stats.measure(
             _encoder(net, args.dtype, mesh), data, mesh, n=count, batch=args.batch,
             progress=_Progress(count),
@@ -109,15 +106,7 @@ def _parser() -> Any:
         help=f"images, spread over the data; default: {_N}, or all if there are fewer",
     )  # fmt: skip
     parser.add_argument("--batch", type=int, default=8, metavar="B", help="over all devices")
-    parser.add_argument(
-        "--min-size", type=int, metavar="PX",
-        help="leave images out whose shorter side is below; default: that of the run, or 0",
-    )  # fmt: skip
-    parser.add_argument(
-        "--max-bad-fraction", type=float, metavar="X",
-        help="of images that cannot be used, above which it stops; default: that of the run, or "
-        "0.01",
-    )  # fmt: skip
+    _options.add_filters(parser)
     parser.add_argument(
         "--force", action="store_true", help="replace statistics that still hold for something"
     )
@@ -128,32 +117,16 @@ def _check(args: Any) -> None:
     """UserError with all values that cannot be, before anything is read."""
     from dcae_jax.errors import UserError
 
-    found = []
+    found = _options.filter_problems(args)
     if args.n < 0:
         found.append(f"--n {args.n}: give a number of images, or leave it out for all")
     for name, value, least in (
-        ("batch", args.batch, 1), ("resolution", args.resolution, 1), ("min-size", args.min_size, 0)
+        ("batch", args.batch, 1), ("resolution", args.resolution, 1)
     ):  # fmt: skip
         if value is not None and value < least:
             found.append(f"--{name} {value} must be at least {least}")
-    if args.max_bad_fraction is not None and not 0 <= args.max_bad_fraction <= 1:
-        found.append(f"--max-bad-fraction {args.max_bad_fraction} must lie in 0..1")
     if found:
         raise UserError("\n".join(found))
-
-
-@contextlib.contextmanager
-def _own_options() -> "Iterator[None]":
-    """Messages of the data pipeline name fields of a config; this command has options for them."""
-    from dcae_jax.errors import UserError
-
-    try:
-        yield
-    except UserError as e:
-        text = str(e)
-        for name in ("max_bad_fraction", "min_size"):
-            text = text.replace(f"data.{name}", f"--{name.replace('_', '-')}")
-        raise UserError(text) from e
 
 
 def _data(args: Any, meta: dict[str, Any] | None) -> "DataConfig":
@@ -174,10 +147,7 @@ def _data(args: Any, meta: dict[str, Any] | None) -> "DataConfig":
         data.source, data.min_size = FolderConfig(path=args.images), 0
     data.split = args.split or data.split
     data.resolution = args.resolution or data.resolution
-    if args.min_size is not None:
-        data.min_size = args.min_size
-    if args.max_bad_fraction is not None:
-        data.max_bad_fraction = args.max_bad_fraction
+    _options.filter_images(data, args)
     data.transform, data.flip, data.workers = Transform.center_crop, False, 0
     return data
 
@@ -198,7 +168,6 @@ def _about(
     args: Any, net: "Autoencoder", data: "DataConfig", count: int, meta: dict[str, Any] | None
 ) -> dict[str, Any]:
     """What was measured: enough to see whether another measurement is the same."""
-    from dcae_jax.data import pipeline
     from dcae_jax.errors import UserError
 
     factor = net.cfg.factor
@@ -209,7 +178,7 @@ def _about(
         )
     return {
         "n": count, "resolution": data.resolution, "split": data.split,
-        "data": pipeline.fingerprint(data), "weights": args.params, "dtype": args.dtype,
+        "data": data.fingerprint(), "weights": args.params, "dtype": args.dtype,
         "step": meta["step"] if meta else None, "encoder": net.encoder,
     }  # fmt: skip
 
@@ -237,7 +206,7 @@ def _encoder(net: "Autoencoder", dtype: str, mesh: "Mesh") -> "Encode":
     from dcae_jax.models.layers import Dtype
     from dcae_jax.tasks.autoencode import to_float
 
-    placed = codec.place(net, Dtype(dtype), mesh)
+    placed = net.placed(mesh, Dtype(dtype))
 
     def encode(images: Any) -> Any:
         with codec.precision(Dtype(dtype)):

@@ -22,22 +22,26 @@ _SPARE = 2**20  # bytes beside the tensors: headers, metadata
 def filling(out: epath.Path, ours: tuple[str, ...]) -> Iterator[None]:
     """Makes `out`, which must be new or empty, and takes it away again if nothing was written.
 
+    No other command can fill it meanwhile; an object store has no such locks.
     `ours`: names of what is written beside config.json; left by a run that did not finish, they
     are replaced.
     """
     refuse_existing(out, ours)
     absent = [] if "://" in str(out) else [p for p in (out, *out.parents) if not p.exists()]
-    try:
-        with writing(out):
-            out.mkdir(parents=True, exist_ok=True)
-            (out / UNFINISHED).write_text(_NOTE)
-            _remove(out, ours)
-        yield
-    except BaseException:
-        with contextlib.suppress(OSError):
-            _withdraw(out, absent)
-        raise
-    (out / UNFINISHED).unlink(missing_ok=True)
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+    with outputs.locked(out, "--out"):
+        refuse_existing(out, ours)  # another command may have come and gone
+        try:
+            with writing(out):
+                (out / UNFINISHED).write_text(_NOTE)
+                _remove(out, ours)
+            yield
+        except BaseException:
+            with contextlib.suppress(OSError):
+                _withdraw(out, absent)
+            raise
+        (out / UNFINISHED).unlink(missing_ok=True)
 
 
 def refuse_existing(out: epath.Path, ours: tuple[str, ...] = ()) -> None:
@@ -46,7 +50,7 @@ def refuse_existing(out: epath.Path, ours: tuple[str, ...] = ()) -> None:
     if (out.is_dir() and not inside) or (UNFINISHED in inside and inside <= {UNFINISHED, *ours}):
         return
     if out.exists():
-        incomplete = out.is_dir() and CONFIG not in inside
+        incomplete = CONFIG not in inside and bool({UNFINISHED, "checkpoints"} & inside)
         why = "has no config.json: its writer did not finish" if incomplete else "is not empty"
         raise UserError(f"--out {out} exists and {why}; give a new folder, or remove it first")
 

@@ -7,7 +7,7 @@ tensors, or from the user.  Tensors are read one at a time.
 import contextlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from etils import epath
 from dcae_jax import tree
 from dcae_jax.config import JSONValue
 from dcae_jax.convert import folder, layouts, names, releases
+from dcae_jax.convert.folder import CONFIG
 from dcae_jax.convert.layouts import Described
 from dcae_jax.convert.names import AnyConfig, Layout
 from dcae_jax.errors import UserError
@@ -32,6 +33,8 @@ USUAL = {  # stems of weights in folders, the layout's own first
 }
 DTYPES = ("float32", "float16", "bfloat16")  # float32 holds their values exactly
 ROOTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
+# What `part` may name in files that hold a diffusion model, too.
+AUTOENCODER = "autoencoder"
 # Wrappers of trainers around the autoencoder's names, and what else they hold.
 PREFIXES = ("module.", "autoencoder.", "0.")
 
@@ -68,26 +71,50 @@ def load(
     that holds several.  `also`: what else the caller takes, for the message ("a workdir, ").
     UserError lists all that does not fit; nothing is written anywhere.
     """
-    release, published = None if variant is None else releases.require(variant), None
-    path = _absolute(source)
+    release = None if variant is None else releases.require(variant)
+    with open_source(source, None if part == AUTOENCODER else part, also) as opened:
+        tensors = _unwrap(opened.tensors)
+        said = None if opened.fields is None else layouts.read(opened.fields, opened.where)
+        found = _describe(said, tensors, release, source)
+        notes, published = tensors.notes, releases.named(source) if opened.from_hub else None
+        if published is not None and release is None:
+            found, more = _published(found, published, source)
+            notes += more
+        return _convert(found, tensors._replace(notes=notes + _hint(found)), source)
+
+
+class Opened(NamedTuple):
+    """A source before it is known what it holds."""
+
+    fields: dict[str, JSONValue] | None  # of its config.json; None: it is a bare file
+    where: str  # the path of config.json, for messages
+    tensors: Tensors  # under the names of the files
+    from_hub: bool
+
+
+@contextlib.contextmanager
+def open_source(source: str, part: str | None = None, also: str = "") -> Iterator[Opened]:
+    """Opens a folder, a file or a hub name; UserError if it is not there or cannot be read.
+
+    `part` and `also`: see `load`.
+    """
+    path, from_hub = _absolute(source), False
     if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", source):
-        path, published = epath.Path(download(source)), releases.named(source)
+        path, from_hub = epath.Path(download(source)), True
     if not path.exists():
         raise UserError(
             f"{source} does not exist; give {also}a folder with config.json and weights, a "
             f"{', '.join(SUFFIXES)} file, or a name on the hub (owner/name)"
         )
-    described = _config(path, source) if path.is_dir() else None
-    files, notes = _weights(path, described)
+    fields, layout, where = None, None, str(path / CONFIG)
+    if path.is_dir():
+        fields = _fields(path, source)
+        layout = layouts.layout_of(fields, where)
+    files, notes = _weights(path, layout)
     with contextlib.ExitStack() as stack:
-        opened = [stack.enter_context(open_tensors(f, part)) for f in files]
-        tensors = _unwrap(_merged(opened))
-        found = _describe(described, tensors, release, source)
+        tensors = _merged([stack.enter_context(open_tensors(f, part)) for f in files])
         notes += tensors.notes
-        if published is not None and release is None:
-            found, more = _published(found, published, source)
-            notes += more
-        return _convert(found, tensors._replace(notes=notes + _hint(found)), source)
+        yield Opened(fields, where, tensors._replace(notes=notes), from_hub)
 
 
 def _absolute(source: str) -> epath.Path:
@@ -98,42 +125,49 @@ def _absolute(source: str) -> epath.Path:
 # ------------------------------------------------------------------------------------------ files
 
 
-def _config(path: epath.Path, source: str) -> Described:
-    """What the config.json of a folder says."""
-    config = path / "config.json"
+def _fields(path: epath.Path, source: str) -> JSONValue:
+    """What is in the config.json of a folder."""
+    config = path / CONFIG
     if config.is_file():
         try:
-            fields = json.loads(config.read_text())
+            return json.loads(config.read_text())
         except ValueError as e:
             raise UserError(f"{config} is not readable JSON ({e})") from e
-        return layouts.read(fields, str(config))
     if folder.is_unfinished(path):
         raise UserError(
             f"{source} is unfinished: what wrote it did not end; run that command again"
         )
-    hint = "; its autoencoder is in vae/" if (path / "vae" / "config.json").is_file() else ""
+    parts = {"vae": "autoencoder", "transformer": "diffusion model"}
+    inside = [
+        f"its {what} is in {name}/" for name, what in parts.items() if _describes(path / name)
+    ]
+    hint = "; " + " and ".join(inside) if inside else ""
     raise UserError(
         f"{path} has no config.json{hint}; give a folder in diffusers' or the official layout, "
         "or one file of weights with --variant"
     )
 
 
-def _weights(path: epath.Path, described: Described | None) -> tuple[list[epath.Path], list[str]]:
-    """The files of weights, and what was left out beside them."""
-    if described is None:
+def _weights(path: epath.Path, layout: Layout | None) -> tuple[list[epath.Path], list[str]]:
+    """The files of weights, and what was left out beside them; `layout` of a folder."""
+    if layout is None:
         if path.suffix == ".json":
             raise UserError(f"{path} holds no weights; give the folder that it describes")
         return [path], []
     inside = sorted(p.name for p in path.iterdir())
     if indices := [n for n in inside if n.endswith(INDEX)]:
-        index, notes = _single(path, indices, INDEX, described.layout)
+        index, notes = _single(path, indices, INDEX, layout)
         return _shards(path, index), notes
     for suffixes in ((".safetensors",), SUFFIXES[1:]):
         if weights := [n for n in inside if n.endswith(suffixes)]:
             suffix = suffixes[0] if len(suffixes) == 1 else ""
-            name, notes = _single(path, weights, suffix, described.layout)
+            name, notes = _single(path, weights, suffix, layout)
             return [path / name], notes
     raise UserError(f"{path} holds no weights; expected a {', '.join(SUFFIXES)} file")
+
+
+def _describes(path: epath.Path) -> bool:
+    return (path / CONFIG).is_file()
 
 
 def _single(
@@ -175,19 +209,28 @@ def _merged(files: list[TensorFile]) -> Tensors:
 
 def _unwrap(tensors: Tensors) -> Tensors:
     """Strips the prefixes that trainers put before the autoencoder's names, and says so."""
-    real, notes = {key: key for key in tensors.infos}, list(tensors.notes)
-    while not any(key.startswith(ROOTS) for key in real):
-        prefix = next((p for p in PREFIXES if any(k.startswith(p) for k in real)), None)
-        if prefix is None:
-            break
-        rest = sorted({k.split(".")[0] for k in real if not k.startswith(prefix)})
-        real = {k.removeprefix(prefix): v for k, v in real.items() if k.startswith(prefix)}
-        notes.append(f"stripped the prefix {prefix!r}" + (f"; left out {rest}" if rest else ""))
+    real, notes = stripped(tensors.infos, ROOTS, PREFIXES)
+    notes = tensors.notes + notes
     if former := [k for k in real if any(old in k for old in names.FORMER_NAMES)]:
         notes.append(f"{len(former)} tensor(s) have former names, such as {former[0]}")
         real = {_present(k): v for k, v in real.items()}
     infos = {key: tensors.infos[name] for key, name in real.items()}
     return Tensors(infos, lambda key: tensors.read(real[key]), notes)
+
+
+def stripped(
+    keys: Iterable[str], roots: tuple[str, ...], prefixes: tuple[str, ...]
+) -> tuple[dict[str, str], list[str]]:
+    """({key without the wrappers' prefixes: key}, what was done), until a key begins as a root."""
+    real, notes = {key: key for key in keys}, []
+    while not any(key.startswith(roots) for key in real):
+        prefix = next((p for p in prefixes if any(k.startswith(p) for k in real)), None)
+        if prefix is None:
+            break
+        rest = sorted({k.split(".")[0] for k in real if not k.startswith(prefix)})
+        real = {k.removeprefix(prefix): v for k, v in real.items() if k.startswith(prefix)}
+        notes.append(f"stripped the prefix {prefix!r}" + (f"; left out {rest}" if rest else ""))
+    return real, notes
 
 
 def _present(key: str) -> str:
@@ -261,7 +304,7 @@ def _agreed(described: Described, release: str, where: str) -> Described:
         found.append(f"scaling_factor: {factor}, {what.scaling_factor}")
     if found:
         raise UserError(
-            f"{where}: config.json is not that of {release} (here, there):\n{_listed(found)}\n"
+            f"{where}: config.json is not that of {release} (here, there):\n{listed(found)}\n"
             "Leave out --variant to go by the config.json, or name the variant that it is"
         )
     return _completed(described, release)
@@ -310,14 +353,14 @@ def _detect(tensors: Tensors, layout: Layout, release: str | None, source: str) 
         factors = [f"{n} (scaling factor {_factor(n)})" for n in fits]
         raise UserError(
             f"{source} fits {len(fits)} releases, which differ in weights and scaling factor only:"
-            f"\n{_listed(factors)}\nSay which it is with --variant NAME, or give "
+            f"\n{listed(factors)}\nSay which it is with --variant NAME, or give "
             + ("its folder" if _has_config(source) else "a folder with config.json")
         )
     nearest = release or min(ranked, key=lambda name: len(ranked[name]))
     found = ranked[nearest] if nearest in ranked else _differences(nearest, layout, shapes)
     asked = f"is not {release}" if release else f"fits no release; the nearest is {nearest}"
     mend = f"It fits {', '.join(fits)}" if fits else "A network of your own needs its config.json"
-    raise UserError(f"{source} {asked}; {len(found)} difference(s):\n{_listed(found)}\n{mend}")
+    raise UserError(f"{source} {asked}; {len(found)} difference(s):\n{listed(found)}\n{mend}")
 
 
 def _has_config(source: str) -> bool:
@@ -345,7 +388,8 @@ def _factor(release: str) -> str:
     return "unknown" if factor is None else f"{factor:g}"
 
 
-def _listed(lines: list[str], most: int = 20) -> str:
+def listed(lines: list[str], most: int = 20) -> str:
+    """The lines for a message, no more than `most` of them."""
     more = [f"... and {len(lines) - most} more"] if len(lines) > most else []
     return "\n".join(f"  - {line}" for line in lines[:most] + more)
 
@@ -356,35 +400,35 @@ def _listed(lines: list[str], most: int = 20) -> str:
 def _convert(found: Described, tensors: Tensors, source: str) -> Imported:
     cfg, layout = found.cfg, found.layout
     if problems := cfg.problems():
-        raise UserError(f"the network of {source} cannot be built:\n{_listed(problems)}")
+        raise UserError(f"the network of {source} cannot be built:\n{listed(problems)}")
     shapes = {key: info.shape for key, info in tensors.infos.items()}
     if wrong := names.differences(cfg, layout, shapes):
         which = found.release or "its config.json"
         raise UserError(
             f"{source} does not hold the network of {which} ({len(wrong)} difference(s)):\n"
-            f"{_listed(wrong)}"
+            f"{listed(wrong)}"
         )
     entries = names.table(cfg, layout)
-    dtypes = _dtypes([key for e in entries for key in e.keys], tensors, source)
+    dtypes = rounded_dtypes([key for e in entries for key in e.keys], tensors, source)
     flat = {
         e.path: jax.device_put(names.from_torch(e, [tensors.read(k) for k in e.keys]))
         for e in entries
     }
     counted = [key for key in names.counters(cfg, layout) if key in tensors.infos]
     counters = {key: int(tensors.read(key)) for key in counted}
-    bad = names.not_finite(cfg, layout, flat)
+    bad = names.not_finite(entries, flat)
     return Imported(
         cfg, tree.unflatten(flat), found.scaling_factor, found.release, dtypes, counters, source,
         tensors.notes + ([bad] if bad else []), found.extra,
     )  # fmt: skip
 
 
-def _dtypes(keys: list[str], tensors: Tensors, source: str) -> dict[str, str]:
+def rounded_dtypes(keys: list[str], tensors: Tensors, source: str) -> dict[str, str]:
     """The dtypes that are not float32; UserError for those that float32 cannot hold exactly."""
     kinds: dict[str, Any] = {key: tensors.infos[key].dtype for key in keys}
     if wrong := [f"{key}: {dtype}" for key, dtype in kinds.items() if dtype.name not in DTYPES]:
         raise UserError(
-            f"{source} has tensors that float32 cannot hold exactly:\n{_listed(wrong)}\n"
+            f"{source} has tensors that float32 cannot hold exactly:\n{listed(wrong)}\n"
             "Convert them first (in PyTorch: tensor.float()); float32, float16 and bfloat16 are "
             "kept as they are"
         )

@@ -6,7 +6,7 @@ field has there; the official repositories' {"model_name": ...}.
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from dcae_jax import config as config_lib
@@ -20,6 +20,8 @@ from dcae_jax.models.layers import Act, Downsample, Norm, Upsample
 
 CUSTOM = "custom"  # model_name of an official-layout folder whose network is ours to describe
 OWN_WEIGHTS = "own_weights"  # true: model_name is that of the network, and not of the weights
+# diffusers' classes of denoising networks; `diffusion_layouts` reads them.
+DIFFUSION = ("DiTTransformer2DModel", "Transformer2DModel")
 SD_VAE_FACTOR = 0.18215  # what diffusers takes for an AutoencoderKL whose config has no factor
 
 
@@ -33,57 +35,77 @@ class Described(NamedTuple):
     extra: dict[str, JSONValue]  # fields that say nothing of the network, to be given back
 
 
-def read(fields: JSONValue, where: str) -> Described:
-    """The network of a config.json; UserError names the field that has no counterpart here."""
+def layout_of(fields: JSONValue, where: str) -> Layout:
+    """The layout of a config.json of any network that is known here; UserError if it is none."""
+    name = _class(fields, where, (*_READERS, *DIFFUSION))
+    return Layout.official if name is None else Layout.diffusers
+
+
+def _class(fields: JSONValue, where: str, known: Iterable[str]) -> str | None:
+    """The diffusers class of a config.json, None for the official layout."""
     if not isinstance(fields, dict):
         raise UserError(f"{where} holds {fields!r:.50}, not the fields of an autoencoder")
     if "model_name" in fields:
-        return _read_official(_Fields(fields, where))
+        return None
     name = fields["_class_name"] if "_class_name" in fields else None
-    readers = {"AutoencoderDC": _read_dc, "AutoencoderKL": _read_kl}
-    if not isinstance(name, str) or name not in readers:
+    if not isinstance(name, str) or name not in known:
         raise UserError(
-            f"{where} describes {name or 'no known class'}; known are diffusers' AutoencoderDC and "
-            'AutoencoderKL ("_class_name") and the official {"model_name": ...}. For another '
-            "network's folder give the folder of its autoencoder (often vae/)"
+            f"{where} describes {name or 'no known class'}; known are diffusers' "
+            f'{", ".join(known)} ("_class_name") and the official '
+            '{"model_name": ...}. For another network\'s folder give the folder of its autoencoder '
+            "(often vae/)"
         )
-    cfg, factor = readers[name](_Fields(fields, where))
+    return name
+
+
+def read(fields: JSONValue, where: str) -> Described:
+    """The network of a config.json; UserError names the field that has no counterpart here."""
+    name = _class(fields, where, _READERS)
+    if name is None:
+        return _read_official(Fields(fields, where))
+    cfg, factor = _READERS[name](Fields(fields, where))
     extra = {k: fields[k] for k in _KL_EXTRA if k in fields and name == "AutoencoderKL"}
     return Described(cfg, factor, None, Layout.diffusers, extra)
 
 
-class _Type(NamedTuple):
+class FieldType(NamedTuple):
     """What a field may hold."""
 
     words: str
     fits: Callable[[Any], bool]
 
 
-def _list_of(item: _Type) -> _Type:
-    return _Type(
+def _list_of(item: FieldType) -> FieldType:
+    return FieldType(
         f"a list, each {item.words}", lambda v: isinstance(v, list) and all(map(item.fits, v))
     )
 
 
-_WHOLE = _Type("a whole number", lambda v: type(v) is int)
-_FLAG = _Type("true or false", lambda v: type(v) is bool)
-_ANY = _Type("anything", lambda v: True)
-_TEXT = _Type("a text", lambda v: type(v) is str)
-_WHOLES, _SCALES, _TEXTS = _list_of(_WHOLE), _list_of(_list_of(_WHOLE)), _list_of(_TEXT)
-_STAGES = _Type("a text, or a list of texts", lambda v: _TEXT.fits(v) or _TEXTS.fits(v))
-_FACTOR = _Type(
+def or_null(kind: FieldType) -> FieldType:
+    """That, or null."""
+    return FieldType(f"{kind.words} or null", lambda v: v is None or kind.fits(v))
+
+
+WHOLE = FieldType("a whole number", lambda v: type(v) is int)
+FLAG = FieldType("true or false", lambda v: type(v) is bool)
+ANY = FieldType("anything", lambda v: True)
+TEXT = FieldType("a text", lambda v: type(v) is str)
+NUMBER = FieldType("a number", lambda v: type(v) in (int, float))
+WHOLES, _SCALES, _TEXTS = _list_of(WHOLE), _list_of(_list_of(WHOLE)), _list_of(TEXT)
+_STAGES = FieldType("a text, or a list of texts", lambda v: TEXT.fits(v) or _TEXTS.fits(v))
+_FACTOR = FieldType(
     "a positive number (1 / RMS of the latents)",
     lambda v: type(v) in (int, float) and 0 < v < math.inf,
 )
 
 
-class _Fields:
+class Fields:
     """The fields of a config.json with the defaults of its class; mistakes name file and field."""
 
     def __init__(self, fields: dict[str, JSONValue], where: str):
         self._fields, self.where = fields, where
 
-    def get(self, name: str, kind: _Type, default: Any) -> Any:
+    def get(self, name: str, kind: FieldType, default: Any) -> Any:
         """The value of a field; UserError if it is of another kind."""
         if name not in self._fields:
             return default
@@ -114,6 +136,7 @@ class _Fields:
             raise self.refuse(name, value, f"supported is {default!r}")
 
     def refuse(self, name: str, value: JSONValue, why: str) -> UserError:
+        """What to raise for a value that cannot be."""
         return UserError(f"{self.where}: {name} = {value!r} has no counterpart here; {why}")
 
     def check_names(self, known: set[str]) -> None:
@@ -146,17 +169,17 @@ def _per_stage(value: JSONValue, n: int) -> list[JSONValue]:
     return [value] * n if isinstance(value, str) else list(value)
 
 
-def _read_dc(fields: _Fields) -> tuple[DCAEConfig, float | None]:
+def _read_dc(fields: Fields) -> tuple[DCAEConfig, float | None]:
     fields.check_names(_DC_FIELDS)
-    shortcuts = fields.get("encoder_out_shortcut", _FLAG, True)
-    if fields.get("decoder_in_shortcut", _FLAG, True) != shortcuts:
+    shortcuts = fields.get("encoder_out_shortcut", FLAG, True)
+    if fields.get("decoder_in_shortcut", FLAG, True) != shortcuts:
         raise fields.refuse("decoder_in_shortcut", not shortcuts, "it must equal that of the out")
-    up = fields.get("upsample_block_type", _TEXT, "pixel_shuffle")
-    down = fields.get("downsample_block_type", _TEXT, "pixel_unshuffle")
-    act = fields.get("decoder_conv_act_fn", _TEXT, "relu")
+    up = fields.get("upsample_block_type", TEXT, "pixel_shuffle")
+    down = fields.get("downsample_block_type", TEXT, "pixel_unshuffle")
+    act = fields.get("decoder_conv_act_fn", TEXT, "relu")
     cfg = DCAEConfig(
-        in_channels=fields.get("in_channels", _WHOLE, 3),
-        latent_channels=fields.get("latent_channels", _WHOLE, 32),
+        in_channels=fields.get("in_channels", WHOLE, 3),
+        latent_channels=fields.get("latent_channels", WHOLE, 32),
         encoder=_read_side(fields, "encoder", [2, 2, 2, 3, 3, 3], "rms_norm", "silu"),
         decoder=_read_side(
             fields, "decoder", [3] * 6, fields.get("decoder_norm_types", _STAGES, "rms_norm"),
@@ -167,15 +190,15 @@ def _read_dc(fields: _Fields) -> tuple[DCAEConfig, float | None]:
         upsample=_UPS["interpolate" if up == "interpolate" else "pixel_shuffle"],
         out_act=fields.choose("decoder_conv_act_fn", act, _ACTS),
         latent_shortcuts=shortcuts,
-        head_dim=fields.get("attention_head_dim", _WHOLE, 32),
+        head_dim=fields.get("attention_head_dim", WHOLE, 32),
     )  # fmt: skip
     return cfg, fields.factor(None)
 
 
 def _read_side(
-    fields: _Fields, side: str, depths: list[int], norms: JSONValue, acts: JSONValue
+    fields: Fields, side: str, depths: list[int], norms: JSONValue, acts: JSONValue
 ) -> StagesConfig:
-    widths = fields.get(f"{side}_block_out_channels", _WHOLES, _W6)
+    widths = fields.get(f"{side}_block_out_channels", WHOLES, _W6)
     n = len(widths)
     types = _per_stage(fields.get(f"{side}_block_types", _STAGES, "ResBlock"), n)
     scales = fields.get(f"{side}_qkv_multiscales", _SCALES, _FIVES)
@@ -192,7 +215,7 @@ def _read_side(
     )  # fmt: skip
     return StagesConfig(
         widths=tuple(widths),
-        depths=tuple(fields.get(f"{side}_layers_per_block", _WHOLES, depths)),
+        depths=tuple(fields.get(f"{side}_layers_per_block", WHOLES, depths)),
         blocks=blocks,
         norms=tuple(fields.choose(f"{side}_norm_types", v, _NORMS) for v in _per_stage(norms, n)),
         acts=tuple(fields.choose(f"{side}_act_fns", v, _ACTS) for v in _per_stage(acts, n)),
@@ -257,26 +280,26 @@ _KL_EXTRA = ("sample_size", "force_upcast")
 _DOWN, _UP = "DownEncoderBlock2D", "UpDecoderBlock2D"
 
 
-def _read_kl(fields: _Fields) -> tuple[KLVAEConfig, float | None]:
+def _read_kl(fields: Fields) -> tuple[KLVAEConfig, float | None]:
     fields.check_names(_KL_FIELDS)
-    widths = fields.get("block_out_channels", _WHOLES, [64])
+    widths = fields.get("block_out_channels", WHOLES, [64])
     fields.expect("down_block_types", [_DOWN] * len(widths))
     fields.expect("up_block_types", [_UP] * len(widths))
     fields.expect("act_fn", "silu", "swish")
-    fields.expect("out_channels", fields.get("in_channels", _WHOLE, 3))
+    fields.expect("out_channels", fields.get("in_channels", WHOLE, 3))
     # Latents here are scaled by one number; a shift would be lost without a word.
     fields.expect("shift_factor", None, 0, 0.0)
     fields.expect("latents_mean", None)
     fields.expect("latents_std", None)
     cfg = KLVAEConfig(
-        in_channels=fields.get("in_channels", _WHOLE, 3),
-        latent_channels=fields.get("latent_channels", _WHOLE, 4),
+        in_channels=fields.get("in_channels", WHOLE, 3),
+        latent_channels=fields.get("latent_channels", WHOLE, 4),
         widths=tuple(widths),
-        layers_per_block=fields.get("layers_per_block", _WHOLE, 1),
-        norm_groups=fields.get("norm_num_groups", _WHOLE, 32),
-        mid_attention=fields.get("mid_block_add_attention", _FLAG, True),
-        quant_conv=fields.get("use_quant_conv", _FLAG, True),
-        post_quant_conv=fields.get("use_post_quant_conv", _FLAG, True),
+        layers_per_block=fields.get("layers_per_block", WHOLE, 1),
+        norm_groups=fields.get("norm_num_groups", WHOLE, 32),
+        mid_attention=fields.get("mid_block_add_attention", FLAG, True),
+        quant_conv=fields.get("use_quant_conv", FLAG, True),
+        post_quant_conv=fields.get("use_post_quant_conv", FLAG, True),
     )
     known = SD_VAE_FACTOR if not network_differences(cfg, sd_vae_f8()) else None
     return cfg, fields.factor(known)
@@ -301,14 +324,20 @@ def _kl_fields(cfg: KLVAEConfig) -> dict[str, JSONValue]:
     }
 
 
+_READERS = {"AutoencoderDC": _read_dc, "AutoencoderKL": _read_kl}
+
+
 # ------------------------------------------------------------------------------------- official
 
 
-def _read_official(fields: _Fields) -> Described:
-    name, factor = fields.get("model_name", _TEXT, ""), fields.factor(None)
+def _read_official(fields: Fields) -> Described:
+    name, factor = fields.get("model_name", TEXT, ""), fields.factor(None)
     if name == CUSTOM:
-        return Described(_own_config(fields), factor, None, Layout.official, {})
-    release = releases.named(name)
+        cfg = own_config(fields, (DCAEConfig,), "a DC-AE")
+        return Described(cfg, factor, None, Layout.official, {})
+    release, diffusion = releases.named(name), releases.diffusion_named(name)
+    if diffusion is not None:  # its official files hold the autoencoder, too
+        release = releases.DIFFUSION[diffusion].autoencoder
     if release is None:
         raise UserError(
             f"{fields.where}: no release is called {name!r}; there are "
@@ -316,23 +345,23 @@ def _read_official(fields: _Fields) -> Described:
             "model_name to it"
         )
     found = releases.RELEASES[release]
-    if fields.get(OWN_WEIGHTS, _FLAG, False):
+    if fields.get(OWN_WEIGHTS, FLAG, False):
         return Described(with_release(found.config(), None), factor, None, Layout.official, {})
     factor = found.scaling_factor if factor is None else factor
     return Described(found.config(), factor, release, Layout.official, {})
 
 
-def _own_config(fields: _Fields) -> DCAEConfig:
-    """The network of a folder that this package wrote for itself."""
+def own_config(fields: Fields, kinds: tuple[type, ...], what: str) -> Any:
+    """The network of a folder that this package wrote for itself; UserError if it is not `what`."""
     if not fields.has("dcae_jax"):
         raise UserError(f"{fields.where}: a custom model needs its config under the key dcae_jax")
     try:
-        cfg = config_lib.from_json(fields.get("dcae_jax", _ANY, None))
-        found = cfg.problems() if isinstance(cfg, DCAEConfig) else [f"it is a {type(cfg).__name__}"]
+        cfg = config_lib.from_json(fields.get("dcae_jax", ANY, None))
+        found = cfg.problems() if isinstance(cfg, kinds) else [f"it is a {type(cfg).__name__}"]
     except (TypeError, ValueError, AttributeError, LookupError) as e:
         found = [f"{type(e).__name__}: {e}"]
     if found:
-        raise UserError(f"{fields.where}: dcae_jax is no config of a DC-AE ({'; '.join(found)})")
+        raise UserError(f"{fields.where}: dcae_jax is no config of {what} ({'; '.join(found)})")
     return cfg
 
 

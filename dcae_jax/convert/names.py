@@ -2,13 +2,14 @@
 
 A rule pairs a module of ours with its name in the two PyTorch layouts; `table` applies the rules to
 every leaf that a config's network has.  Sources: the state dicts of DC-AE's official code
-(efficientvit, DC-Gen) and of diffusers' AutoencoderDC and AutoencoderKL.
+(efficientvit, DC-Gen) and of diffusers' AutoencoderDC and AutoencoderKL.  diffusion_names.py has
+the rules of denoising networks; entries, kinds and transforms are these.
 """
 
 import enum
 import functools
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -28,13 +29,19 @@ class Layout(enum.Enum):
     """Who names the tensors."""
 
     official = "official"  # efficientvit and DC-Gen
-    diffusers = "diffusers"  # AutoencoderDC, AutoencoderKL
+    diffusers = "diffusers"  # AutoencoderDC, AutoencoderKL, DiTTransformer2DModel
+    u_vit = "u_vit"  # U-ViT's own code (baofff)
+    dit = "dit"  # the code of DiT (facebookresearch) and SiT
+
+
+AUTOENCODER_LAYOUTS = (Layout.official, Layout.diffusers)
 
 
 class Kind(enum.Enum):
     """How PyTorch stores a leaf."""
 
-    vector = "vector"  # [c], as here
+    vector = "vector"  # [c], as here; also tables [n, c]
+    row = "row"  # [1, n, c] of our [n, c]
     conv = "conv"  # [out, in, h, w] of our [h, w, in, out]; depthwise: in = 1 in both
     matrix = "matrix"  # [out, in] of our [in, out]
     pointwise = "pointwise"  # [out, in, 1, 1] of our [in, out]; grouped: in = width of a group
@@ -46,6 +53,18 @@ class Entry(NamedTuple):
     path: str  # params/encoder/conv_in/kernel
     keys: tuple[str, ...]
     kind: Kind
+    layers: int = 0  # above 0: a stack of so many; `keys` are those of layer after layer
+    copies: bool = False  # each key holds the whole leaf
+
+    def layer(self, index: int) -> "Entry":
+        """One layer of a stack, as if it stood alone."""
+        share = len(self.keys) // self.layers
+        keys = self.keys[index * share : (index + 1) * share]
+        return Entry(f"{self.path}[{index}]", keys, self.kind)
+
+    def parts(self) -> "list[Entry]":
+        """The layers of a stack; anything else is one part."""
+        return [self.layer(i) for i in range(self.layers)] if self.layers else [self]
 
 
 class Rule(NamedTuple):
@@ -276,17 +295,31 @@ def translated(cfg: AnyConfig, values: Mapping[str, Any], layout: Layout) -> dic
 
     Of tensors that are one in `layout`, only what is said of all alike is kept.
     """
-    found = {}
-    for source in Layout if isinstance(cfg, DCAEConfig) else (Layout.diffusers,):
-        for theirs, ours in zip(table(cfg, source), table(cfg, layout), strict=True):
-            said = {key: values[key] for key in theirs.keys if key in values}
-            if source is layout:
-                found |= said
-            elif len(said) == len(theirs.keys) and len(set(said.values())) == 1:
-                found |= dict.fromkeys(ours.keys, said[theirs.keys[0]])
+    known = AUTOENCODER_LAYOUTS if isinstance(cfg, DCAEConfig) else (Layout.diffusers,)
+    ours, found = table(cfg, layout), {}
+    for source in known:
+        found |= carried(table(cfg, source), ours, values)
         pairs = zip(counters(cfg, source), counters(cfg, layout), strict=True)
         found |= {ours: values[theirs] for theirs, ours in pairs if theirs in values}
     return found
+
+
+def carried(
+    source: Sequence[Entry], target: Sequence[Entry], values: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What is said of the tensors of one table, under the keys of another of the same network."""
+    found = {}
+    for theirs, ours in zip(_parts(source), _parts(target), strict=True):
+        said = {key: values[key] for key in theirs.keys if key in values}
+        if theirs.keys == ours.keys:
+            found |= said
+        elif len(said) == len(theirs.keys) and len(set(said.values())) == 1:
+            found |= dict.fromkeys(ours.keys, said[theirs.keys[0]])
+    return found
+
+
+def _parts(entries: Sequence[Entry]) -> list[Entry]:
+    return [part for entry in entries for part in entry.parts()]
 
 
 # ------------------------------------------------------------------------------------- transforms
@@ -294,35 +327,64 @@ def translated(cfg: AnyConfig, values: Mapping[str, Any], layout: Layout) -> dic
 
 def stored_shape(entry: Entry, shape: Shape) -> Shape:
     """The shape of each tensor of an entry whose leaf has `shape`."""
+    if entry.layers:
+        return stored_shape(entry.layer(0), shape[1:])
+    shares = 1 if entry.copies else len(entry.keys)
     if entry.kind is Kind.vector:
-        return shape
+        return (shape[0] // shares, *shape[1:])
+    if entry.kind is Kind.row:
+        return (1, *shape)
     if entry.kind is Kind.conv:
         height, width, inputs, outputs = shape
         return outputs, inputs, height, width
     inputs, outputs = shape
-    share = outputs // len(entry.keys)
+    share = outputs // shares
     return (share, inputs) if entry.kind is Kind.matrix else (share, inputs, 1, 1)
 
 
 def to_torch(entry: Entry, leaf: np.ndarray) -> list[np.ndarray]:
     """The tensors of an entry, as views of our leaf."""
-    if entry.kind is Kind.vector:
-        return [leaf]
+    if entry.layers:
+        return [t for i in range(entry.layers) for t in to_torch(entry.layer(i), leaf[i])]
+    if entry.copies:
+        return to_torch(entry._replace(keys=entry.keys[:1], copies=False), leaf) * len(entry.keys)
     if entry.kind is Kind.conv:
         return [leaf.transpose(3, 2, 0, 1)]
     shape = stored_shape(entry, leaf.shape)
-    return [part.reshape(shape) for part in np.split(leaf.T, len(entry.keys))]
+    whole = leaf if entry.kind in (Kind.vector, Kind.row) else leaf.T
+    return [part.reshape(shape) for part in np.split(whole, len(entry.keys))]
 
 
 def from_torch(entry: Entry, tensors: list[np.ndarray]) -> np.ndarray:
-    """Our leaf, float32 and contiguous, of the tensors of an entry."""
+    """Our leaf, float32 and contiguous, of the tensors of an entry (see `assembled` for stacks)."""
     parts = [np.asarray(t, np.float32) for t in tensors]
     whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
     if entry.kind is Kind.conv:
         whole = whole.transpose(2, 3, 1, 0)
+    elif entry.kind is Kind.row:
+        whole = whole[0]
     elif entry.kind is not Kind.vector:
         whole = whole.reshape(whole.shape[:2]).T
     return np.ascontiguousarray(whole)
+
+
+def assembled(entry: Entry, shape: Shape, read: Callable[[str], np.ndarray]) -> np.ndarray:
+    """Our leaf of `shape`, its tensors read one after the other; UserError if copies differ."""
+    if entry.layers:
+        leaf = np.empty(shape, np.float32)
+        for i in range(entry.layers):
+            leaf[i] = assembled(entry.layer(i), shape[1:], read)
+        return leaf
+    if not entry.copies:
+        return from_torch(entry, [read(key) for key in entry.keys])
+    first = read(entry.keys[0])
+    for key in entry.keys[1:]:
+        if not np.array_equal(first, read(key)):
+            raise UserError(
+                f"{key} differs from {entry.keys[0]}: this network has one {entry.path} for all "
+                "its blocks, so that their copies must be equal"
+            )
+    return from_torch(entry._replace(keys=entry.keys[:1], copies=False), [first])
 
 
 # ------------------------------------------------------------------------------------- comparison
@@ -330,20 +392,35 @@ def from_torch(entry: Entry, tensors: list[np.ndarray]) -> np.ndarray:
 
 def differences(cfg: AnyConfig, layout: Layout, found: Mapping[str, Shape]) -> list[str]:
     """How tensors (key -> shape) differ from what the network needs, each naming key and path."""
-    entries, ours = table(cfg, layout), shapes(cfg)
-    wanted = {key: entry for entry in entries for key in entry.keys}
+    return compared(table(cfg, layout), shapes(cfg), found, counters(cfg, layout))
+
+
+def compared(
+    entries: Sequence[Entry], ours: Mapping[str, Shape], found: Mapping[str, Shape],
+    also: Sequence[str] = (),
+) -> list[str]:  # fmt: skip
+    """As `differences`, of a table whose leaves have the shapes `ours`; `also` may be there."""
+    wanted = {key: (e, i) for e in entries for i, key in _indexed(e)}
     missing, misshapen = [], []
-    for key, entry in wanted.items():
-        shape = stored_shape(entry, ours[entry.path])
+    for key, (entry, index) in wanted.items():
+        shape, path = stored_shape(entry, ours[entry.path]), entry.path + index
         if key not in found:
-            missing.append(f"{key}: missing, needed for {entry.path}")
+            missing.append(f"{key}: missing, needed for {path}")
         elif tuple(found[key]) != shape:
             misshapen.append(
-                f"{key}: shape {_times(found[key])}, expected {_times(shape)} for {entry.path}"
+                f"{key}: shape {_times(found[key])}, expected {_times(shape)} for {path}"
             )
-    known = wanted.keys() | set(counters(cfg, layout))
+    known = wanted.keys() | set(also)
     extra = [f"{key}: not part of this network" for key in sorted(found.keys() - known)]
     return missing + misshapen + extra
+
+
+def _indexed(entry: Entry) -> list[tuple[str, str]]:
+    """(the layer a key belongs to as "[3]", or "", the key) of every key."""
+    return [
+        (f"[{i}]" if entry.layers else "", key)
+        for i, part in enumerate(entry.parts()) for key in part.keys
+    ]  # fmt: skip
 
 
 def _times(shape: Iterable[int]) -> str:
@@ -360,10 +437,29 @@ def layout_of(keys: Iterable[str]) -> Layout | None:
     return None
 
 
-def not_finite(cfg: AnyConfig, layout: Layout, leaves: Mapping[str, Any]) -> str:
-    """Says which tensors hold NaN or infinity; "" if none does."""
-    bad = [e for e in table(cfg, layout) if not bool(jnp.isfinite(leaves[e.path]).all())]
+def check_held(entry: Entry, exact: np.ndarray, kept: np.ndarray) -> None:
+    """UserError if finite values became infinite by rounding; NaN and infinity stay themselves."""
+    lost = np.isfinite(exact) & ~np.isfinite(kept.astype(np.float32))
+    if lost.any():
+        raise UserError(
+            f"{entry.path} has values up to {float(abs(exact[lost]).max()):.3g}, which "
+            f"{kept.dtype} cannot hold; use --dtype bfloat16 or float32"
+        )
+
+
+def not_finite(entries: Sequence[Entry], leaves: Mapping[str, Any]) -> str:
+    """Says which tensors of a table hold NaN or infinity; "" if none does."""
+    bad = [part for e in entries for part in _not_finite(e, leaves[e.path])]
     if not bad:
         return ""
-    first = ", ".join(bad[0].keys)
+    first = bad[0].keys[0] if bad[0].copies else ", ".join(bad[0].keys)
     return f"WARNING: NaN or infinity in {len(bad)} tensor(s); the first is {first}"
+
+
+def _not_finite(entry: Entry, leaf: Any) -> list[Entry]:
+    """The layers of a stack, or the entry itself, that hold such values."""
+    if bool(jnp.isfinite(leaf).all()):
+        return []
+    parts = entry.parts()
+    rows = leaf if entry.layers else [leaf]
+    return [p for p, row in zip(parts, rows, strict=True) if not bool(jnp.isfinite(row).all())]

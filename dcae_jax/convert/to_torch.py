@@ -23,7 +23,6 @@ from dcae_jax.config import JSONValue
 from dcae_jax.convert import folder, layouts, names, releases
 from dcae_jax.convert.folder import CONFIG
 from dcae_jax.convert.names import AnyConfig, Entry, Layout
-from dcae_jax.errors import UserError
 from dcae_jax.models.kl_vae import KLVAEConfig
 from dcae_jax.models.layers import Dtype
 from dcae_jax.nets.torch_file import SAFE_DTYPES
@@ -86,7 +85,7 @@ def fill(export: Export, out: epath.Path) -> None:
     )
     leaves = _rounded(export)
     rows = _rows(export, leaves)
-    folder.require_room(out, sum(_bytes(row) for row in rows))
+    folder.require_room(out, sum(row.bytes for row in rows))
     parity = run(export.cfg, tree.unflatten(leaves), example(export.cfg))
     with folder.writing(out):
         with (out / WEIGHTS[export.layout]).open("wb") as file:
@@ -108,9 +107,10 @@ class Row(NamedTuple):
     shape: tuple[int, ...]
     read: Callable[[], np.ndarray]
 
-
-def _bytes(row: Row) -> int:
-    return DTYPES[row.dtype][0].itemsize * math.prod(row.shape)
+    @property
+    def bytes(self) -> int:
+        """How many bytes it takes."""
+        return DTYPES[self.dtype][0].itemsize * math.prod(self.shape)
 
 
 def write_safetensors(file: io.IOBase, rows: list[Row]) -> None:
@@ -133,7 +133,7 @@ def write_header(file: io.IOBase, rows: list[Row]) -> int:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for row in _ordered(rows):
-        start, end = end, end + _bytes(row)
+        start, end = end, end + row.bytes
         header[row.key] = {
             "dtype": DTYPES[row.dtype][1],
             "shape": row.shape,
@@ -177,11 +177,8 @@ def _kept(export: Export, entry: Entry, leaf: Any) -> Any:
     parts = names.to_torch(entry, np.asarray(leaf))
     with np.errstate(over="ignore"):
         kept = [part.astype(dtype) for part, dtype in zip(parts, dtypes, strict=True)]
-    if not all(np.isfinite(part.astype(np.float32)).all() for part in kept):
-        raise UserError(
-            f"{entry.path} has values up to {float(abs(leaf).max()):.3g}, which {dtypes[0]} cannot "
-            "hold; use --dtype bfloat16 or float32"
-        )
+    for part, rounded in zip(parts, kept, strict=True):
+        names.check_held(entry, part, rounded)
     return jax.device_put(names.from_torch(entry, kept))
 
 

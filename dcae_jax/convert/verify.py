@@ -6,10 +6,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from dcae_jax.convert import layouts, names, to_torch
+from dcae_jax.convert import diffusion_layouts, diffusion_names, layouts, names, to_torch
+from dcae_jax.convert.diffusion_names import OFFICIAL_PREFIX, DiffusionModel
+from dcae_jax.convert.diffusion_to_torch import ExportDiffusion, weights_file
 from dcae_jax.convert.names import AnyConfig, Layout
 from dcae_jax.convert.to_torch import TOLERANCE
 from dcae_jax.errors import UserError
+from dcae_jax.models.dit import EPS, DiTConfig
 from dcae_jax.models.kl_vae import KLVAEConfig
 from dcae_jax.nets.torch_file import open_tensors
 
@@ -90,3 +93,68 @@ def _translated(folder: epath.Path, cfg: AnyConfig, torch: Any) -> dict[str, Any
             }
     counts = {key: torch.tensor(0) for key in names.counters(cfg, Layout.diffusers)}
     return found | counts
+
+
+# -------------------------------------------------------------------------------- diffusion models
+
+
+def diffusion_problem(cfg: DiffusionModel, out: epath.Path) -> str:
+    """Why an export of a denoising network cannot be verified here; "" if it can."""
+    if not isinstance(cfg, DiTConfig):
+        return "no PyTorch package has U-ViT's network"
+    if absent := missing():
+        return f"{absent} not installed: {INSTALL}"
+    if "://" in str(out):
+        return f"{out} is not a local folder, which PyTorch reads alone"
+    found = diffusion_layouts.problems(cfg, Layout.diffusers)
+    return f"diffusers has no such network ({found[0]})" if found else ""
+
+
+def verify_diffusion(folder: epath.Path, export: ExportDiffusion) -> float:
+    """The relative error of diffusers' DiT with the folder's weights on a CPU in float32."""
+    import torch
+    from diffusers import DiTTransformer2DModel
+
+    cfg, layout = export.cfg, export.layout
+    if layout is Layout.diffusers:
+        net = DiTTransformer2DModel.from_pretrained(
+            str(folder), torch_dtype=torch.float32, low_cpu_mem_usage=False
+        )
+    else:
+        fields = diffusion_layouts.write(export.described, Layout.diffusers) | {"norm_eps": EPS}
+        net = DiTTransformer2DModel.from_config(fields)
+        net.load_state_dict(_diffusion_state(folder, cfg, layout, torch))
+        for block in net.transformer_blocks:  # no config there can set the original's frequencies
+            block.norm1.emb.time_proj.downscale_freq_shift = cfg.time_shift
+    net.eval()
+    with np.load(str(folder / to_torch.PARITY)) as stored:
+        ours = {k: torch.tensor(v) for k, v in stored.items()}
+    with torch.no_grad():
+        output = net(ours["x"].permute(0, 3, 1, 2), ours["t"], ours["label"].long()).sample
+    return _relative(output, ours["output"].permute(0, 3, 1, 2))
+
+
+def check_diffusion(folder: epath.Path, error: float) -> None:
+    """UserError if PyTorch and JAX disagree."""
+    if not error <= TOLERANCE:  # NaN is not
+        raise UserError(
+            f"{folder} was written, but PyTorch's results differ from JAX's by {error:.2e}, more "
+            f"than {TOLERANCE:g}; do not use it"
+        )
+
+
+def _diffusion_state(
+    folder: epath.Path, cfg: DiffusionModel, layout: Layout, torch: Any
+) -> dict[str, Any]:
+    """The state dict of a folder under diffusers' names."""
+    prefix, found = OFFICIAL_PREFIX if layout is Layout.official else "", {}
+    shapes, tables = diffusion_names.shapes(cfg), (layout, Layout.diffusers)
+    pairs = zip(*(diffusion_names.table(cfg, each) for each in tables), strict=True)
+    with open_tensors(folder / weights_file(layout)) as file:
+        for theirs, ours in pairs:
+            leaf = names.assembled(theirs, shapes[ours.path], lambda k: file.read(prefix + k))
+            found |= {
+                key: torch.tensor(np.ascontiguousarray(t))
+                for key, t in zip(ours.keys, names.to_torch(ours, leaf), strict=True)
+            }
+    return found

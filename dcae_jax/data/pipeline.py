@@ -7,6 +7,9 @@ A Grain MapDataset:
 
     order -> read, decode, crop with the generator of (seed, position) -> contiguous rows of this
     process -> batch -> skip to the first step -> threads or worker processes
+
+What is read at a position is a sampler's matter: images here, latents in `latents.py`.  Callers use
+the methods of the data's config (`cfg.data.batches(...)`), whichever it is.
 """
 
 import enum
@@ -21,12 +24,12 @@ from collections import Counter
 from concurrent import futures
 from dataclasses import dataclass, field
 from multiprocessing import connection, parent_process, resource_tracker
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import grain
 import numpy as np
 from absl import flags, logging
-from jaxtyping import UInt8
+from jaxtyping import Int64, UInt8
 
 from dcae_jax.data import sources, transforms
 from dcae_jax.data.sources import FolderConfig, MixtureConfig, Part, PhotosConfig, TfdsConfig
@@ -73,6 +76,17 @@ class Shard(NamedTuple):
 
 
 WHOLE = Shard()
+# A batch without its values: shape and dtype of each array.
+AbstractBatch = dict[str, tuple[tuple[int, ...], np.dtype]]
+
+
+class Loading(NamedTuple):
+    """How batches are read ahead, and which share of bad records is borne."""
+
+    threads: int
+    prefetch: int
+    workers: int = 0
+    max_bad_fraction: float = 0.0
 
 
 @dataclass(slots=True)
@@ -127,6 +141,32 @@ class DataConfig:
             found.append(f"data.aspect={self.aspect} must be (low, high) with 0 < low <= high")
         return found
 
+    def loading(self, workers: int) -> Loading:
+        """How batches are read ahead, by so many worker processes."""
+        return Loading(self.threads, self.prefetch, workers, self.max_bad_fraction)
+
+    def batches(
+        self, *, batch: int, seed: int, start_step: int = 0, shard: Shard = WHOLE
+    ) -> "BatchIterator":
+        """Endless training batches: see `pipeline.batches`."""
+        return batches(self, batch=batch, seed=seed, start_step=start_step, shard=shard)
+
+    def eval_batches(self, *, batch: int, n: int, shard: Shard = WHOLE) -> "BatchIterator":
+        """Exactly n images, masked: see `pipeline.eval_batches`."""
+        return eval_batches(self, batch=batch, n=n, shard=shard)
+
+    def fingerprint(self) -> str:
+        """Digest of which records are used: see `pipeline.fingerprint`."""
+        return fingerprint(self)
+
+    def abstract_batch(self, batch: int) -> AbstractBatch:
+        """Shapes and dtypes of a global batch, without opening the source."""
+        side = self.resolution
+        return {
+            "image": ((batch, side, side, 3), np.dtype(np.uint8)),
+            "label": ((batch,), np.dtype(np.int32)),
+        }
+
 
 class BatchIterator:
     """Batches as dictionaries, the statistics of what was read, and `close()`.
@@ -136,18 +176,17 @@ class BatchIterator:
     each counts the rows that it loaded.
     """
 
-    def __init__(
-        self, dataset: grain.IterDataset, parts: tuple[Part, ...], cfg: DataConfig, workers: int
-    ) -> None:
+    def __init__(self, steps: grain.MapDataset, parts: tuple[Part, ...], loading: Loading) -> None:
         self._parts = parts
         self._judge_after = min(JUDGE_AFTER, sum(len(part.source) for part in parts))
-        self._limit = cfg.max_bad_fraction
+        self._limit = loading.max_bad_fraction
         self._read, self._rows = 0, 0
         self._per_part: Counter[str] = Counter({part.name: 0 for part in parts})
         self._reasons: Counter[str] = Counter()
         self._named: dict[str, str] = {}
         self._closed = False
-        self._start = _start_workers(dataset) if workers else _start_threads(dataset)
+        dataset = _prefetched(steps, loading)
+        self._start = _start_workers(dataset) if loading.workers else _start_threads(dataset)
         self._iterator: grain.DatasetIterator | None = None
 
     def __iter__(self) -> "BatchIterator":
@@ -202,7 +241,7 @@ class BatchIterator:
             self._reasons[reason] += 1
             if name not in self._named and len(self._named) < NAMED_BAD:
                 self._named[name] = f"{reason}: {detail}" if detail else reason
-                logging.warning("bad record replaced: %s: %s", name, self._named[name])
+                logging.warning("bad record: %s: %s", name, self._named[name])
 
     def _judge(self) -> None:
         bad = self._reasons.total()
@@ -227,15 +266,12 @@ def batches(
     `batch` is the global size; b = batch / shard.count rows are this shard's. Raises `UserError`
     for settings that cannot work and, while iterating, above `cfg.max_bad_fraction`.
     """
-    _check(cfg, batch, shard)
-    if seed < 0 or start_step < 0:
-        raise UserError(f"seed={seed} and start_step={start_step} must not be negative")
+    check_request(cfg.problems(), batch, shard)
     parts = _parts(cfg)
-    order = _training_order(parts, seed)
-    sample = _Sampler(parts, cfg, cfg.flip)
-    rows = _Rows(order.random_map(sample, seed=_derive(seed, "crop")), batch, shard)
-    steps = rows.batch(batch // shard.count, batch_fn=_collate)[start_step:]
-    return BatchIterator(_prefetched(steps, cfg, cfg.workers), parts, cfg, cfg.workers)
+    return training(
+        parts, _Sampler(parts, cfg, cfg.flip), cfg.loading(cfg.workers), batch=batch, seed=seed,
+        start_step=start_step, shard=shard,
+    )  # fmt: skip
 
 
 def eval_batches(cfg: DataConfig, *, batch: int, n: int, shard: Shard = WHOLE) -> BatchIterator:
@@ -246,13 +282,90 @@ def eval_batches(cfg: DataConfig, *, batch: int, n: int, shard: Shard = WHOLE) -
     flipped. More images than the split has are several crops of each if the crop is random, else a
     `UserError`. Worker processes are not used: an evaluation is too short for their start.
     """
-    _check(cfg, batch, shard)
+    check_request(cfg.problems(), batch, shard)
     parts = _parts(cfg)
-    order = grain.MapDataset.source(_evaluation_order(parts, cfg, n))
-    sampled = order.random_map(_Sampler(parts, cfg, flip=False), seed=EVAL_SEED)
-    rows = _Rows(sampled, batch, shard, blank=cfg.resolution)
+    sample = _Sampler(parts, cfg, flip=False)
+    again = cfg.transform is not Transform.center_crop
+    order = evaluation_order(parts, n, again, cfg.split)
+    return evaluation(parts, sample, cfg.loading(0), order, batch=batch, shard=shard)
+
+
+@runtime_checkable
+class Sampler(Protocol):
+    """What is read at a position of an order of (part, index)."""
+
+    def __call__(self, element: tuple[int, int], rng: np.random.Generator) -> "Sample":
+        """The record of that element; draws only from the generator of the position."""
+        ...
+
+    def blank(self) -> "Sample":
+        """A row of zeros, for what lies behind the end of an evaluation."""
+        ...
+
+
+def training(
+    parts: tuple[Part, ...], sample: Sampler, loading: Loading, *, batch: int, seed: int,
+    start_step: int, shard: Shard,
+) -> BatchIterator:  # fmt: skip
+    """Endless batches of what `sample` gives, in the training order of the seed."""
+    if seed < 0 or start_step < 0:
+        raise UserError(f"seed={seed} and start_step={start_step} must not be negative")
+    order = _training_order(parts, seed)
+    rows = _Rows(order.random_map(sample, seed=_derive(seed, "crop")), batch, shard)
+    steps = rows.batch(batch // shard.count, batch_fn=_collate)[start_step:]
+    return BatchIterator(steps, parts, loading)
+
+
+def evaluation(
+    parts: tuple[Part, ...], sample: Sampler, loading: Loading, order: list[tuple[int, int]], *,
+    batch: int, shard: Shard,
+) -> BatchIterator:  # fmt: skip
+    """Batches with a mask of exactly the elements of `order`."""
+    sampled = grain.MapDataset.source(order).random_map(sample, seed=EVAL_SEED)
+    rows = _Rows(sampled, batch, shard, blank=sample.blank())
     steps = rows.batch(batch // shard.count, batch_fn=functools.partial(_collate, masked=True))
-    return BatchIterator(_prefetched(steps, cfg, 0), parts, cfg, 0)
+    return BatchIterator(steps, parts, loading)
+
+
+def picked_batches(cfg: DataConfig, positions: "Positions", *, batch: int) -> BatchIterator:
+    """Masked batches of exactly these positions, in this order, each image once or not at all.
+
+    For what is made of images once and kept.  A batch has `names` as well, the JSON of (name, why)
+    of each row: a bad image is not replaced but masked out, with the reason why; `why` and `name`
+    are empty for good images and for rows behind the end.
+    """
+    check_request(cfg.problems(), batch, WHOLE)
+    parts = _parts(cfg)
+    sample = _Sampler(parts, cfg, flip=False, replace=False)
+    crops = positions.order.random_map(sample, seed=_derive(positions.seed, "crop"))
+    rows = _Picked(crops, positions.wanted, sample.blank())
+    collate = functools.partial(_collate, masked=True, named=True)
+    steps = rows.batch(batch, batch_fn=collate)
+    return BatchIterator(steps, parts, cfg.loading(cfg.workers))
+
+
+class Positions(NamedTuple):
+    """Positions of an order of (part, index) and the seed of their crops."""
+
+    order: grain.MapDataset
+    wanted: Int64[np.ndarray, " n"]  # -1: a blank row
+    seed: int = 0
+
+
+def training_order(cfg: DataConfig, seed: int = 0) -> grain.MapDataset:
+    """Position -> (part, index) of a training run with this seed, endless."""
+    return _training_order(_parts(cfg), seed)
+
+
+def every_record(cfg: DataConfig, crops: int = 1) -> grain.MapDataset:
+    """Each record, in the source's order, `crops` times in a row."""
+    return _EveryRecord([len(part.source) for part in _parts(cfg)], crops)
+
+
+def spread_records(cfg: DataConfig, n: int) -> grain.MapDataset:
+    """The n records that an evaluation on n images reads."""
+    parts = _parts(cfg)
+    return grain.MapDataset.source(evaluation_order(parts, n, False, cfg.split))
 
 
 def fingerprint(cfg: DataConfig) -> str:
@@ -351,15 +464,53 @@ class _Mixture(grain.MapDataset):
         return part, self.parents[1 + part][turn]
 
 
+class _EveryRecord(grain.MapDataset):
+    """(part, index) of all records of all parts, behind each other, each `crops` times."""
+
+    def __init__(self, lengths: list[int], crops: int) -> None:
+        super().__init__()
+        self._ends, self._crops = np.cumsum(lengths), crops
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) * self._crops
+
+    def __getitem__(self, position: int | slice) -> Any:
+        if isinstance(position, slice):
+            return self.slice(position)
+        record = position // self._crops
+        part = int(np.searchsorted(self._ends, record, side="right"))
+        return part, int(record - (self._ends[part - 1] if part else 0))
+
+
+class _Picked(grain.MapDataset):
+    """The parent at some positions; -1 gives a blank row."""
+
+    def __init__(self, parent: grain.MapDataset, wanted: np.ndarray, blank: "Sample") -> None:
+        super().__init__(parent)
+        self._wanted, self._blank = wanted, blank
+
+    def __len__(self) -> int:
+        return len(self._wanted)
+
+    def __getitem__(self, index: int | slice) -> Any:
+        if isinstance(index, slice):
+            return self.slice(index)
+        position = int(self._wanted[index])
+        return self._blank if position < 0 else self.parents[0][position]
+
+
 class _Rows(grain.MapDataset):
     """This shard's contiguous rows of each global batch; behind a finite parent's end, blank."""
 
-    def __init__(self, parent: grain.MapDataset, batch: int, shard: Shard, blank: int = 0) -> None:
+    def __init__(
+        self, parent: grain.MapDataset, batch: int, shard: Shard, blank: "Sample | None" = None
+    ) -> None:
         super().__init__(parent)
         self._batch, self._blank = batch, blank
         self._rows = batch // shard.count
         self._first = shard.index * self._rows
-        self._steps = -(-len(parent) // batch) if blank else min(len(parent), _ENDLESS) // batch
+        endless = min(len(parent), _ENDLESS)
+        self._steps = endless // batch if blank is None else -(-len(parent) // batch)
 
     def __len__(self) -> int:
         return self._steps * self._rows
@@ -370,40 +521,51 @@ class _Rows(grain.MapDataset):
         step, row = divmod(index, self._rows)
         position = step * self._batch + self._first + row
         if position >= len(self.parents[0]):
-            return _blank(self._blank)
+            return self._blank
         return self.parents[0][position]
 
 
-class _Sample(NamedTuple):
+class Sample(NamedTuple):
     """One row on its way into a batch, with what happened while it was read."""
 
-    image: np.ndarray
+    arrays: dict[str, np.ndarray]  # the image, or the latent
     label: int
     part: int  # -1: a blank row
     read: int
-    bad: tuple[tuple[str, str, str], ...]
+    bad: tuple[tuple[str, str, str], ...] = ()
+    name: str = ""
 
 
 class _Sampler:
-    """(part, index), generator -> `_Sample`: reads, decodes, replaces bad records, crops."""
+    """(part, index), generator -> `Sample`: reads, decodes, replaces bad records, crops."""
 
-    def __init__(self, parts: tuple[Part, ...], cfg: DataConfig, flip: bool) -> None:
-        self._parts, self._cfg, self._flip = parts, cfg, flip
+    def __init__(
+        self, parts: tuple[Part, ...], cfg: DataConfig, flip: bool, replace: bool = True
+    ) -> None:
+        self._parts, self._cfg, self._flip, self._replace = parts, cfg, flip, replace
         self._cache = _Cache(cfg.cache_mb, sum(len(part.source) for part in parts))
 
-    def __call__(self, element: tuple[int, int], rng: np.random.Generator) -> _Sample:
+    def blank(self) -> Sample:
+        """A black image."""
+        side = self._cfg.resolution
+        return Sample({"image": np.zeros((side, side, 3), np.uint8)}, 0, -1, 0)
+
+    def __call__(self, element: tuple[int, int], rng: np.random.Generator) -> Sample:
+        """The crop of a record, or of the next one that is intact."""
         part, first = element
         source = self._parts[part].source
         bad: list[tuple[str, str, str]] = []
         for attempt in range(min(MAX_TRIES, len(source))):
             index = (first + attempt) % len(source)
             try:
-                pixels, label = self._decoded(part, index)
+                pixels, label, name = self._decoded(part, index)
                 image = self._transform(pixels, rng, f"{self._parts[part].name}[{index}]")
             except BadRecord as error:
                 bad.append((error.name, error.reason.value, error.detail))
-                continue
-            return _Sample(image, label, part, attempt + 1, tuple(bad))
+                if self._replace:
+                    continue
+                return self.blank()._replace(read=1, bad=tuple(bad), name=error.name)
+            return Sample({"image": image}, label, part, attempt + 1, tuple(bad), name)
         listed = "\n  ".join(f"{name}: {reason} {detail}" for name, reason, detail in bad[:5])
         raise UserError(
             f"{len(bad)} records in a row of {self._parts[part].name!r} cannot be used. The "
@@ -411,7 +573,7 @@ class _Sampler:
             f"  {listed}\nCheck the source: python -m dcae_jax data-check."
         )
 
-    def _decoded(self, part: int, index: int) -> tuple[Pixels, int]:
+    def _decoded(self, part: int, index: int) -> tuple[Pixels, int, str]:
         cached = self._cache.get((part, index))
         if cached is not None:
             return cached
@@ -419,8 +581,8 @@ class _Sampler:
         pixels = record.image
         if isinstance(pixels, bytes):
             pixels = transforms.decode(pixels, record.name)
-        self._cache.put((part, index), (pixels, record.label))
-        return pixels, record.label
+        self._cache.put((part, index), (pixels, record.label, record.name))
+        return pixels, record.label, record.name
 
     def _transform(
         self, pixels: Pixels, rng: np.random.Generator, name: str
@@ -444,17 +606,17 @@ class _Cache:
     def __init__(self, megabytes: int, records: int) -> None:
         self._arguments = (megabytes, records)
         self._room = megabytes * 1024**2 if records * _SMALLEST_CACHED <= megabytes * 1024**2 else 0
-        self._kept: dict[tuple[int, int], tuple[Pixels, int]] = {}
+        self._kept: dict[tuple[int, int], tuple[Pixels, int, str]] = {}
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Cache, self._arguments
 
-    def get(self, key: tuple[int, int]) -> tuple[Pixels, int] | None:
+    def get(self, key: tuple[int, int]) -> tuple[Pixels, int, str] | None:
         """The decoded record, if it is kept."""
         return self._kept.get(key)
 
-    def put(self, key: tuple[int, int], value: tuple[Pixels, int]) -> None:
+    def put(self, key: tuple[int, int], value: tuple[Pixels, int, str]) -> None:
         """Keeps a decoded record while there is room."""
         with self._lock:
             if key not in self._kept and value[0].nbytes <= self._room:
@@ -462,8 +624,9 @@ class _Cache:
                 self._kept[key] = value
 
 
-def _check(cfg: DataConfig, batch: int, shard: Shard) -> None:
-    problems = cfg.problems()
+def check_request(problems: list[str], batch: int, shard: Shard) -> None:
+    """UserError with these problems of a config and those of the batch and its shards."""
+    problems = list(problems)
     if batch < 1:
         problems.append(f"batch={batch} must be at least 1")
     if not 0 <= shard.index < shard.count:
@@ -543,16 +706,19 @@ def _in_part(part: int, index: int) -> tuple[int, int]:
     return part, index
 
 
-def _evaluation_order(parts: tuple[Part, ...], cfg: DataConfig, n: int) -> list[tuple[int, int]]:
+def evaluation_order(
+    parts: tuple[Part, ...], n: int, again: bool, split: str
+) -> list[tuple[int, int]]:
+    """n elements spread evenly over the parts; records more than once only if `again`."""
     if n < 1:
         raise UserError(f"an evaluation on n={n} images; give at least 1")
     order: list[tuple[int, int]] = []
     counts = _shares([part.weight for part in parts], n).tolist()
     for i, (part, count) in enumerate(zip(parts, counts, strict=True)):
         length = len(part.source)
-        if count > length and cfg.transform is Transform.center_crop:
+        if count > length and not again:
             raise UserError(
-                f"an evaluation on {count} images of {part.name!r}, split {cfg.split!r}, which has "
+                f"an evaluation on {count} images of {part.name!r}, split {split!r}, which has "
                 f"{length}; ask for at most {length}, or use a random crop (several crops of "
                 "each image)"
             )
@@ -589,30 +755,31 @@ def read(part: Part, index: int) -> sources.Record:
     raise BadRecord(f"{part.name}[{index}]", Reason.unreadable, str(failure)) from failure
 
 
-def _blank(resolution: int) -> _Sample:
-    return _Sample(np.zeros((resolution, resolution, 3), np.uint8), 0, -1, 0, ())
-
-
-def _collate(samples: list[_Sample], masked: bool = False) -> dict[str, Any]:
+def _collate(samples: list[Sample], masked: bool = False, named: bool = False) -> dict[str, Any]:
     """Stacks rows; what happened while reading travels along as JSON, through processes too."""
     bad = [event for sample in samples for event in sample.bad]
     batch: dict[str, Any] = {
-        "image": np.stack([sample.image for sample in samples]),
+        **{k: np.stack([sample.arrays[k] for sample in samples]) for k in samples[0].arrays},
         "label": np.array([sample.label for sample in samples], np.int32),
         "part": np.array([sample.part for sample in samples], np.int32),
         "events": json.dumps({"read": sum(sample.read for sample in samples), "bad": bad}),
     }
     if masked:
         batch["mask"] = (batch["part"] >= 0).astype(np.float32)
+    if named:
+        whys = (": ".join(filter(None, s.bad[0][1:])) if s.bad else "" for s in samples)
+        batch["names"] = json.dumps([(s.name, why) for s, why in zip(samples, whys, strict=True)])
     return batch
 
 
-def _prefetched(steps: grain.MapDataset, cfg: DataConfig, workers: int) -> grain.IterDataset:
-    options = grain.ReadOptions(cfg.threads, max(cfg.prefetch, cfg.threads))
+def _prefetched(steps: grain.MapDataset, loading: Loading) -> grain.IterDataset:
+    options = grain.ReadOptions(loading.threads, max(loading.prefetch, loading.threads))
     dataset = steps.to_iter_dataset(options)
-    if workers:
-        ahead = max(1, cfg.prefetch // workers)
-        multi = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=ahead)
+    if loading.workers:
+        ahead = max(1, loading.prefetch // loading.workers)
+        multi = grain.MultiprocessingOptions(
+            num_workers=loading.workers, per_worker_buffer_size=ahead
+        )
         dataset = dataset.mp_prefetch(multi, worker_init_fn=_initialize_worker)
     return dataset
 

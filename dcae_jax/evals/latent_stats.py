@@ -111,7 +111,7 @@ def measure(
         lambda latent, mask: (*row_sums(latent), mask), out_shardings=sharding.replicated(mesh)
     )
     sums, shard = Sums(), pipeline.Shard(*sharding.row_shard(mesh))
-    with pipeline.eval_batches(data, batch=batch, n=n, shard=shard) as batches:
+    with data.eval_batches(batch=batch, n=n, shard=shard) as batches:
         for local in batches:
             placed = sharding.put_batch({k: local[k] for k in ("image", "mask")}, mesh)
             with jax.set_mesh(mesh):

@@ -4,7 +4,7 @@ import copy
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,21 +17,15 @@ from dcae_jax.config import InitWeights, RunConfig
 from dcae_jax.data import pipeline
 from dcae_jax.data.pipeline import DataConfig
 from dcae_jax.evals import baselines, metrics
+from dcae_jax.evals.base import Report, variables_of
 from dcae_jax.report import images as pictures
-from dcae_jax.step import TrainState, ema_name
+from dcae_jax.step import TrainState
 from dcae_jax.tasks.base import Task, Variables
 from dcae_jax.tree import Tree
 
 METRICS = ("psnr", "psnr_pooled", "ssim", "n")
 Image = UInt8[np.ndarray, "h w 3"]
 Pixels = UInt8[Array, "b h w 3"] | UInt8[np.ndarray, "b h w 3"]
-
-
-class Report(NamedTuple):
-    """What an evaluator returns: named scalars and pictures."""
-
-    scalars: dict[str, float]
-    images: dict[str, Image]
 
 
 @dataclass(slots=True)
@@ -93,7 +87,7 @@ class Reconstruct:
 
     def run(self, state: TrainState, constants: Tree, poll: Callable[[], None]) -> Report:
         """Scores and the grid; `poll` is called once per batch (it raises when preempted)."""
-        variables = self._variables(state, constants)
+        variables = variables_of(state, constants, self.cfg.weights, self.run_cfg.ema)
         total: dict[str, float] = {}
         shown: list[tuple[Image, Image, str]] = []
         for batch in self._batches(self.cfg.data, self.cfg.n):
@@ -122,6 +116,8 @@ class Reconstruct:
 
     def baselines(self) -> dict[str, dict[str, float]]:
         """Closed-form baselines on the same pixels: bicubic down/up and PCA of equal rate."""
+        if not self.cfg.baselines:
+            return {}
         model, cfg = self.run_cfg.task.model, self.cfg
         test = _images(cfg.data, cfg.batch, cfg.n)
         blocks = baselines.to_blocks(
@@ -140,16 +136,9 @@ class Reconstruct:
         data.split = self.run_cfg.data.split
         return data
 
-    def _variables(self, state: TrainState, constants: Tree) -> Variables:
-        decays = self.run_cfg.ema.decays
-        if self.cfg.weights is InitWeights.ema and decays:
-            average = state.ema[ema_name(decays[0])]
-            return Variables(average["params"], average["stats"], constants)
-        return Variables(state.params, state.stats, constants)
-
     def _batches(self, data: DataConfig, n: int) -> Iterator[dict[str, Array]]:
         shard = pipeline.Shard(*sharding.row_shard(self.mesh))
-        with pipeline.eval_batches(data, batch=self.batch, n=n, shard=shard) as batches:
+        with data.eval_batches(batch=self.batch, n=n, shard=shard) as batches:
             for local in batches:
                 wanted = {k: local[k] for k in ("image", "mask")}
                 yield sharding.put_batch(wanted, self.mesh)
@@ -166,7 +155,7 @@ class Reconstruct:
 
 
 def _images(data: DataConfig, batch: int, n: int) -> UInt8[np.ndarray, "n h w 3"]:
-    with pipeline.eval_batches(data, batch=batch, n=n) as batches:
+    with data.eval_batches(batch=batch, n=n) as batches:
         return np.concatenate([b["image"][b["mask"] > 0] for b in batches])
 
 

@@ -107,6 +107,8 @@ def open_tensors(path: epath.PathLike, part: str | None = None) -> Iterator[Tens
     with path.open("rb") as file:
         with _readable(path):
             if path.suffix == ".safetensors":
+                if part is not None:
+                    raise UserError(f"{path} has no parts such as {part!r}; leave out --part")
                 opened = _open_safetensors(path, file)
             else:
                 opened = _open_pickled(path, file, part)
@@ -236,7 +238,7 @@ def _tensor_dicts(pickled: _Pickled) -> dict[str, dict[str, Any]]:
     value = pickled.value
     if not isinstance(value, dict):
         raise ValueError(f"holds a {type(value).__name__}, not a dict of tensors")
-    places = {k: value[k] for k in ("state_dict", "model_state_dict") if k in value}
+    places = {k: value[k] for k in ("state_dict", "model_state_dict", "model", "ema") if k in value}
     if "ema" in value and isinstance(value["ema"], dict):
         places |= {f"ema/{k}": v for k, v in value["ema"].items()}
     found = {
@@ -301,8 +303,12 @@ class _Unknown(pickle.UnpicklingError):
     """The pickle asks for a class that is not needed for tensors."""
 
 
+class _Settings:
+    """Stands for an argparse.Namespace, in which trainers keep their options; nobody reads it."""
+
+
 class _Unpickler(pickle.Unpickler):
-    """Knows ordered dicts, tensors and parameters; refuses every other global."""
+    """Knows ordered dicts, tensors, parameters and options; refuses every other global."""
 
     def __init__(self, file: io.IOBase):
         super().__init__(file)
@@ -311,6 +317,7 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         known = {
             ("collections", "OrderedDict"): collections.OrderedDict,
+            ("argparse", "Namespace"): _Settings,
             ("torch._utils", "_rebuild_tensor"): _Tensor,
             ("torch._utils", "_rebuild_tensor_v2"): lambda *args: _Tensor(*args[:4]),
             ("torch._utils", "_rebuild_parameter"): lambda data, *_: data,

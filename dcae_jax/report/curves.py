@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
+from dcae_jax.report import diffusion
 from dcae_jax.report import phases as phases_lib
 from dcae_jax.report.phases import Phase
 
@@ -22,6 +23,13 @@ _SMOOTH_FROM = 60  # points from which on a moving average is drawn over the val
 # Stand-ins in the SVG for what the page's style sheet decides.
 _CSS = {"#0a0b0c": "var(--ink)", "#0d0e0f": "var(--grid)", "#1a1b1c": "var(--faint)"}
 _INK, _GRID, _FAINT = _CSS
+VALIDATION = "Validation loss"  # a panel's title
+# Of class scores: metric -> baselines that are drawn, with a short name and a style.
+_LEVELS = {
+    "accuracy": {"chance": ("chance", "dashed"), "training-latents": ("training", "dotted")},
+    "frechet": {"mean-of-training": ("mean", "dashed"), "training-latents": ("training", "dotted")},
+}
+_MAX_CURVES = 5  # of one evaluator over the time of the process
 _LOSS_TERMS = {"l1", "l2", "mse", "lpips", "kl", "gan", "adversarial", "hinge", "r1", "lecam"}
 
 
@@ -72,6 +80,9 @@ def panels(phases: Sequence[Phase]) -> list[Panel]:
     found = [
         pooled if pooled.series else _quality(phases, "psnr", "PSNR, mean per image (dB)"),
         _quality(phases, "ssim", "SSIM"),
+        _samples(phases, "accuracy", "Accuracy by nearest class mean"),
+        _samples(phases, "frechet", "Fréchet distance"),
+        _validation(phases),
         Panel("Loss and its terms", _train(keys, _is_loss), log=True),
         *_adversarial(phases),
         Panel("Gradient norms", _train(keys, lambda name: name.endswith("grad_norm")), log=True),
@@ -148,6 +159,28 @@ def _levels(phases: Sequence[Phase], evaluator: str, metric: str, color: str) ->
     return levels
 
 
+def _samples(phases: Sequence[Phase], metric: str, title: str) -> Panel:
+    """A class score, the untrained model among them; chance and data as levels."""
+    panel = Panel(title, [], floor=0.0)
+    for i, name in enumerate(diffusion.of_kind(phases, diffusion.Kind.classes)):
+        color = COLORS[i % len(COLORS)]
+        panel.series.append(Series(name, f"{name}/{metric}", color, kind="measured"))
+        found = phases_lib.baselines(phases).get(name, {})
+        for row, (label, style) in _LEVELS[metric].items():
+            if metric in found.get(row, {}):
+                panel.levels.append(Level(label, found[row][metric], color, style))
+    return panel
+
+
+def _validation(phases: Sequence[Phase]) -> Panel:
+    names = diffusion.of_kind(phases, diffusion.Kind.loss)
+    series = [
+        Series(name, f"{name}/loss", COLORS[i % len(COLORS)], kind="measured")
+        for i, name in enumerate(names)
+    ]
+    return Panel(VALIDATION, series, log=True)
+
+
 def _adversarial(phases: Sequence[Phase]) -> list[Panel]:
     """Adaptive weight and D's update norm, of the phases that have them."""
     found = []
@@ -163,12 +196,41 @@ def _adversarial(phases: Sequence[Phase]) -> list[Panel]:
 
 def svg(panel: Panel, phases: Sequence[Phase], width: float = 5.2, height: float = 2.9) -> str:
     """The panel as an <svg> element; sizes in inches of 72 px."""
+    drawn = [p for p in phases if panel.only in (None, p.name) and p.ran]
+    return _figure(panel.title, lambda axes: _draw(axes, panel, drawn), width, height)
+
+
+def time_svgs(phases: Sequence[Phase]) -> list[str]:
+    """The validation loss over the time of the process, a curve for some steps of the training."""
+    names = diffusion.of_kind(phases, diffusion.Kind.loss)
+    found = [(phase, name, diffusion.by_time(phase, name)) for phase in phases for name in names]
+    return [_figure(f"{phase.name} {name}", lambda axes, c=curves, n=name: _draw_times(axes, c, n))
+            for phase, name, curves in found if curves]  # fmt: skip
+
+
+def _draw_times(axes: Any, curves: dict[int, list[tuple[float, float]]], name: str) -> None:
+    """Later steps in stronger colour."""
+    steps = diffusion.spread(sorted(curves), _MAX_CURVES)
+    for i, step in enumerate(steps):
+        x, y = np.array(curves[step], float).T
+        strength = 0.25 + 0.75 * (i + 1) / len(steps)
+        axes.plot(
+            x, y, color=COLORS[0], alpha=strength, lw=1.6, marker="o", ms=2.8, label=f"step {step}"
+        )
+    axes.set_ylim(bottom=0)
+    _dress(axes, f"Loss by time: 0 is data, 1 is noise ({name})", 1)
+
+
+def _figure(
+    title: str, draw: Callable[[Any], None], width: float = 5.2, height: float = 2.9
+) -> str:
+    """What `draw` puts on the axes, as an <svg> element; sizes in inches of 72 px."""
     import matplotlib
     from matplotlib.figure import Figure
 
     style = {
         "svg.fonttype": "none",
-        "svg.hashsalt": panel.title,  # ids must differ between the pictures of one page
+        "svg.hashsalt": title,  # ids must differ between the pictures of one page
         "font.family": "sans-serif",
         "font.sans-serif": ["DejaVu Sans"],
         "font.size": 9,
@@ -176,7 +238,7 @@ def svg(panel: Panel, phases: Sequence[Phase], width: float = 5.2, height: float
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(width, height))
         axes = figure.subplots()
-        _draw(axes, panel, [p for p in phases if panel.only in (None, p.name) and p.ran])
+        draw(axes)
         below = 0.28 + 0.17 * _legend(axes)  # inches
         figure.subplots_adjust(left=0.115, right=0.96, top=1 - 0.42 / height, bottom=below / height)
         buffer = io.StringIO()
@@ -214,7 +276,8 @@ def _scale(axes: Any, panel: Panel) -> None:
         axes.yaxis.set_minor_locator(ticker.NullLocator())
     axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
     if panel.floor is not None:
-        axes.set_ylim(bottom=panel.floor)
+        highest = max([*values, *(level.value for level in panel.levels)], default=None)
+        axes.set_ylim(panel.floor, 1.08 * highest if panel.levels and highest else None)
     elif panel.levels and values.size:
         levels = [level.value for level in panel.levels]
         lowest, highest = min(np.quantile(values, 0.2), *levels), max(values.max(), *levels)

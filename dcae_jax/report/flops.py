@@ -1,8 +1,9 @@
 """Counts the FLOPs of a function on its jaxpr, and turns them into model FLOPs utilisation (MFU).
 
-One multiply-add is 2 FLOPs; only matrix products and convolutions count, as in the papers whose
-numbers ours stand beside.  XLA's own cost analysis counts the body of a scan once, and a depthwise
-weight gradient as a dense one, so it is not used.  No memory is allocated: shapes are enough.
+One multiply-add is 2 FLOPs; only matrix products, convolutions and attention kernels count, as in
+the papers whose numbers ours stand beside.  XLA's own cost analysis counts the body of a scan once,
+and a depthwise weight gradient as a dense one, so it is not used.  No memory is allocated: shapes
+are enough.
 """
 
 import math
@@ -54,7 +55,7 @@ def count_jaxpr(jaxpr: jex.Jaxpr) -> Flops:
     incomplete: set[str] = set()
     for eqn in jaxpr.eqns:
         name = eqn.primitive.name
-        if name in _OPAQUE or name.startswith("dot_product_attention"):
+        if name in _OPAQUE:
             incomplete.add(name)
         if name in _LEAVES:
             by_primitive[name] = by_primitive.get(name, 0) + _LEAVES[name](eqn)
@@ -153,7 +154,20 @@ def _pairs(
     return min(by_outputs, by_inputs)
 
 
-_LEAVES = {"dot_general": _dot_flops, "conv_general_dilated": _conv_flops}
+def _attention_flops(eqn: jex.JaxprEqn, products: int) -> int:
+    """Products of queries x keys x head dimension; layout 0 is (b, n, heads, d), 1 swaps n."""
+    query, key = (v.aval.shape for v in eqn.invars[:2])
+    length = 2 if eqn.params["layout"] else 1
+    return 2 * products * math.prod(query) * key[length]
+
+
+# cuDNN's attention counts as the products that it stands for, and not what it computes again.
+_LEAVES = {
+    "dot_general": _dot_flops,
+    "conv_general_dilated": _conv_flops,
+    "dot_product_attention_fwd_wrapper": lambda eqn: _attention_flops(eqn, 2),
+    "dot_product_attention_bwd_wrapper": lambda eqn: _attention_flops(eqn, 4),
+}
 
 
 # --- utilisation

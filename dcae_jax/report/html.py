@@ -14,7 +14,7 @@ from typing import Any
 
 from etils import epath
 
-from dcae_jax.report import curves, phases, progress, writers
+from dcae_jax.report import curves, diffusion, phases, progress, writers
 from dcae_jax.report.phases import Phase, Table
 
 _PICTURE_BYTES = 3_000_000  # of all pictures together; base64 makes 4 MB of them
@@ -54,15 +54,19 @@ def _page(found: Sequence[Phase]) -> dict[str, Any]:
     return {
         "title": _title(found),
         "phases": found,
-        "facts": _run_facts(found),
+        "facts": [*_run_facts(found), *diffusion.facts(found)],
+        "diffusion": diffusion.is_diffusion(found),
         "phase_table": phases.phase_table(found),
-        "quality": _quality(found),
+        "quality": _quality(found, diffusion.Kind.other),
+        "samples": _quality(found, diffusion.Kind.classes, diffusion.Kind.samples),
+        "losses": _quality(found, diffusion.Kind.loss),
         "findings": phases.findings(found),
-        "panels": [_markup(curves.svg(p, found)) for p in curves.panels(found)],
+        "panels": [_markup(svg) for svg in _panels(found)],
         "others": _others(found),
         "galleries": _galleries(found),
         "without_pictures": _without_pictures(found),
-        "built_in_photos": any(n.startswith("photos") for n in phases.evaluators(found)),
+        "built_in_photos": diffusion.of_photos(found)
+        or any(n.startswith("photos") for n in phases.evaluators(found)),
         "differences": config_differences(found),
         "configs": [(p.name, json.dumps(_tree(p), indent=2)) for p in found if p.config],
         "versions": _versions(found),
@@ -74,6 +78,15 @@ def _markup(svg: str) -> Any:
     import markupsafe
 
     return markupsafe.Markup(svg)
+
+
+def _panels(found: Sequence[Phase]) -> list[str]:
+    """The main curves; losses over the time of the process beside those over the steps."""
+    drawn = []
+    for panel in curves.panels(found):
+        drawn.append(curves.svg(panel, found))
+        drawn += curves.time_svgs(found) if panel.title == curves.VALIDATION else []
+    return drawn
 
 
 def _others(found: Sequence[Phase]) -> list[Any]:
@@ -126,10 +139,18 @@ def _versions(found: Sequence[Phase]) -> list[tuple[str, str]]:
     return [(name, ", ".join(found)) for name, found in sorted(versions.items())]
 
 
-def _quality(found: Sequence[Phase]) -> list[tuple[str, str, Table]]:
-    """(evaluator, what it is, table) of every evaluator with numbers."""
+def _quality(found: Sequence[Phase], *kinds: diffusion.Kind) -> list[tuple[str, str, Table]]:
+    """(evaluator, what it is, table) of every evaluator of these kinds with numbers."""
     names = [name for name in phases.evaluators(found) if phases.scores_exist(found, name)]
-    return [(name, phases.describe(name), phases.quality_table(found, name)) for name in names]
+    return [
+        (name, _what(found, name), phases.quality_table(found, name))
+        for kind in kinds for name in names if diffusion.kind(found, name) is kind
+    ]  # fmt: skip
+
+
+def _what(found: Sequence[Phase], name: str) -> str:
+    """What an evaluator shows, in words."""
+    return diffusion.WHAT.get(diffusion.kind(found, name)) or phases.describe(name)
 
 
 def config_differences(found: Sequence[Phase]) -> Table | None:
@@ -184,11 +205,13 @@ class Gallery:
 def _without_pictures(found: Sequence[Phase]) -> list[str]:
     """Evaluators that measured something and drew nothing."""
     drawn = {name for phase in found for name in phase.images}
-    return [name for name in phases.evaluators(found) if name not in drawn]
+    losses = diffusion.of_kind(found, diffusion.Kind.loss)  # nobody expects a picture of these
+    return [name for name in phases.evaluators(found) if name not in {*drawn, *losses}]
 
 
 def _galleries(found: Sequence[Phase]) -> list[Gallery]:
-    names = [name for name in phases.evaluators(found) if name not in _without_pictures(found)]
+    drawn = {name for phase in found for name in phase.images}
+    names = [name for name in phases.evaluators(found) if name in drawn]
     chosen = {name: _chosen(found, name) for name in names}
     count = max(sum(len(pictures) for pictures in chosen.values()), 1)
     galleries = []
@@ -196,17 +219,21 @@ def _galleries(found: Sequence[Phase]) -> list[Gallery]:
         pictures = [_embedded(*choice, _PICTURE_BYTES // count) for choice in chosen[name]]
         missing = [p.name for p in found if not p.images.get(name)]
         sentence = f"No picture was recorded by {', '.join(missing)}." if missing else ""
-        galleries.append(Gallery(name, phases.describe(name), pictures, sentence))
+        galleries.append(Gallery(name, _what(found, name), pictures, sentence))
     return galleries
 
 
 def _chosen(found: Sequence[Phase], name: str) -> list[tuple[str, str, epath.Path]]:
-    """(caption, scores, path): the first phase's first picture, then each phase's last one."""
+    """(caption, scores, path): the first phase's first picture, then each phase's last one.
+
+    Of samples more of each phase: how they came to be is seen over the training.
+    """
+    many = diffusion.kind(found, name) is not diffusion.Kind.other
     chosen = []
     for phase in found:
         steps = list(phase.images.get(name, {}))
         first = [] if chosen else steps[:1]
-        for step in dict.fromkeys([*first, *steps[-1:]]):
+        for step in diffusion.spread(steps) if many else dict.fromkeys([*first, *steps[-1:]]):
             path = phase.images[name][step]
             chosen.append((_picture_caption(phase, step), _picture_scores(phase, name, step), path))
     return chosen
@@ -224,7 +251,7 @@ def _picture_scores(phase: Phase, name: str, step: int) -> str:
     row = next((row for row in phase.rows if row["step"] == step), {})
     parts = [
         f"{phases.metric_name(metric)} {phases.score(metric, row[f'{name}/{metric}'])}"
-        for metric in phases.METRICS
+        for metric in (*phases.METRICS, *phases.METRICS_OF_LATENTS)
         if f"{name}/{metric}" in row
     ]
     return ", ".join(parts)

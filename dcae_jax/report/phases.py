@@ -25,10 +25,20 @@ from dcae_jax.report import progress, writers
 
 PHASES = ("phase1", "phase2", "phase3")  # folders of a three-phase run
 METRICS = ("psnr_pooled", "psnr", "ssim")  # shown first, in this order
+METRICS_OF_LATENTS = ("accuracy", "frechet", "nearest", "loss")  # of diffusion, likewise
 _METRIC_NAMES = {
-    "psnr_pooled": "PSNR pooled", "psnr": "PSNR mean", "ssim": "SSIM", "n": "images"
+    "psnr_pooled": "PSNR pooled", "psnr": "PSNR mean", "ssim": "SSIM", "n": "images",
+    "accuracy": "accuracy", "frechet": "Fréchet distance", "nearest": "to nearest training latent",
+    "latent_rms": "RMS of latents", "evaluations": "network calls",
 }  # fmt: skip
-_EVAL_KEY = re.compile(r"(?P<evaluator>.+)/(psnr|psnr_pooled|ssim)$")
+_EVAL_KEY = re.compile(r"(?!(train|data)/)(?P<evaluator>.+)/(?P<metric>[^/]+)$")
+_BASELINES = {
+    "mean-of-training": "every sample the mean of training",
+    "class-means-of-training": "every sample its class's mean",
+    "training-latents": "training latents as samples",
+    "held-out-latents": "held-out latents as samples",
+}
+_BIN = re.compile(r"_t\d")  # a loss of a part of the time: for curves, too many for a table
 Number = float | int
 Scores = dict[str, dict[str, Number]]  # {evaluator or baseline: {metric: value}}
 
@@ -123,8 +133,8 @@ def scores(phase: Phase, when: str) -> Scores:
     found: Scores = {}
     for row in phase.rows:
         for key, value in row.items() if when == "after" or row["step"] == 0 else ():
-            if (match := _EVAL_KEY.match(key)) and match["evaluator"] != "train":
-                found.setdefault(match["evaluator"], {})[key.rsplit("/", 1)[1]] = value
+            if match := _EVAL_KEY.match(key):
+                found.setdefault(match["evaluator"], {})[match["metric"]] = value
     return found
 
 
@@ -135,6 +145,12 @@ def evaluators(phases: Sequence[Phase]) -> list[str]:
         names |= scores(phase, "before").keys() | scores(phase, "after").keys()
         names |= baselines(phases).keys() | {name for name in phase.images if resolution(name)}
     return sorted(names, key=lambda name: (not is_held_out(name), resolution(name) or 0, name))
+
+
+def measured(phases: Sequence[Phase], evaluator: str) -> set[str]:
+    """The names of an evaluator's scores."""
+    found = [scores(p, when).get(evaluator, {}) for p in phases for when in ("before", "after")]
+    return {metric for each in found for metric in each}
 
 
 def resolution(evaluator: str) -> int | None:
@@ -172,6 +188,8 @@ def baselines(phases: Sequence[Phase]) -> dict[str, Scores]:
 
 def baseline_name(name: str) -> str:
     """`bicubic-32` -> `bicubic 32× down/up`, `pca-3` -> `PCA with 3 components`."""
+    if name in _BASELINES:
+        return _BASELINES[name]
     kind, _, count = name.partition("-")
     if kind == "bicubic" and count:
         return f"bicubic {count}× down/up"
@@ -187,9 +205,9 @@ def score(metric: str, value: Number | None) -> str:
     """A number with the digits its metric deserves."""
     if value is None:
         return "–"
-    if metric == "n":
+    if metric in ("n", "evaluations"):
         return f"{value:.0f}"
-    return f"{value:.2f}" if metric.startswith("psnr") else f"{value:.3f}"
+    return f"{value:.2f}" if metric.startswith(("psnr", "frechet")) else f"{value:.3f}"
 
 
 # ---------------------------------------------------------------------------- tables
@@ -208,10 +226,14 @@ _FACTS_HEAD = ["phase", "px", "trained", "parameters", "steps", "time", "img/s",
 
 
 def phase_table(phases: Sequence[Phase]) -> Table:
-    """One row per phase: what was trained, how long, how fast, and what it did to PSNR and SSIM."""
+    """One row per phase: what was trained, how long, how fast, what it did to the main scores."""
     names = held_out_range(phases)
     metrics = [(metric, name) for metric in ("psnr_pooled", "ssim") for name in names]
     head = _FACTS_HEAD + [f"{metric_name(m)} {resolution(name)} px" for m, name in metrics]
+    for metric in ("loss", "accuracy", "frechet"):
+        found = [name for name in evaluators(phases) if metric in measured(phases, name)]
+        metrics += [(metric, name) for name in found]
+        head += [f"{metric_name(metric)} {name}" for name in found]
     rows = []
     for phase in phases:
         changes = [_change(phase, metric, name) for metric, name in metrics]
@@ -279,28 +301,34 @@ def quality_table(phases: Sequence[Phase], evaluator: str) -> Table:
     rows = []
     for label, found in rows_of:
         cells = [score(m, (found or {}).get(m)) for m in metrics]
-        if found is None:
+        if found is None and cells:
             cells[0] = "not yet run"
         rows.append([label, *cells])
     return Table(["", *(metric_name(m) for m in metrics)], rows, rules)
 
 
 def _metrics_of(found: Sequence[dict[str, Number]]) -> list[str]:
-    """PSNR and SSIM first, then whatever else was measured, by name."""
-    names = {name for each in found for name in each}
-    return list(METRICS) + sorted(names - set(METRICS))
+    """The main ones first, then whatever else was measured, by name; no losses of single times."""
+    names = {name for each in found for name in each if not _BIN.search(name)}
+    first = [*METRICS, *METRICS_OF_LATENTS]
+    return [m for m in first if m in names] + sorted(names - set(first))
 
 
 # ---------------------------------------------------------------------------- findings
 
 
 def findings(phases: Sequence[Phase]) -> list[str]:
-    """Sentences that the numbers support: distance to baselines, what each phase did, D's life."""
+    """Sentences that the numbers support: distance to baselines, what each phase did, samples."""
     sentences = []
     for evaluator in held_out_range(phases):
         sentences += _against_baselines(phases, evaluator)
     for phase in phases:
         sentences += _effect(phase, held_out_range(phases)) + _adversary(phase)
+    for name in evaluators(phases):
+        ran = [
+            p for p in phases if {"accuracy", "frechet"} <= scores(p, "after").get(name, {}).keys()
+        ]
+        sentences += _samples(ran, name, baselines(phases).get(name, {})) if ran else []
     return sentences
 
 
@@ -357,6 +385,50 @@ def _adversary(phase: Phase) -> list[str]:
     return sentences
 
 
+def _samples(ran: Sequence[Phase], name: str, bases: Scores) -> list[str]:
+    after = scores(ran[-1], "after")[name]
+    before = scores(ran[0], "before").get(name, {})
+    return [
+        _sampled_accuracy(after, bases),
+        _sampled_frechet(after, before, bases),
+        *([_sampled_nearest(after, bases)] if _holds(bases, "training-latents", "nearest") else []),
+    ]
+
+
+def _holds(bases: Scores, row: str, metric: str) -> bool:
+    return metric in bases.get(row, {})
+
+
+def _sampled_accuracy(after: dict[str, Any], bases: Scores) -> str:
+    text = f"Of {after['n']:.0f} samples {after['accuracy']:.0%} are nearest to the mean of their "
+    text += "own class among held-out latents"
+    if _holds(bases, "chance", "accuracy"):
+        text += f": {after['accuracy'] / bases['chance']['accuracy']:.1f} × chance"
+    if _holds(bases, "training-latents", "accuracy"):
+        text += f"; of training latents themselves {bases['training-latents']['accuracy']:.0%} are"
+    return text + "."
+
+
+def _sampled_frechet(after: dict[str, Any], before: dict[str, Any], bases: Scores) -> str:
+    others = [("before training", before.get("frechet"))]
+    others += [
+        (baseline_name(row), bases.get(row, {}).get("frechet"))
+        for row in ("mean-of-training", "class-means-of-training", "training-latents")
+    ]
+    shown = [f"{name} {value:.2f}" for name, value in others if value is not None]
+    text = f"Fréchet distance to held-out latents {after['frechet']:.2f}"
+    return text + (f" ({', '.join(shown)})." if shown else ".")
+
+
+def _sampled_nearest(after: dict[str, Any], bases: Scores) -> str:
+    text = f"Samples are {after['nearest']:.2f} channel deviations from the nearest training "
+    text += f"latent; training latents are {bases['training-latents']['nearest']:.2f} from the "
+    text += "nearest other one"
+    if _holds(bases, "held-out-latents", "nearest"):
+        text += f", held-out latents {bases['held-out-latents']['nearest']:.2f} from the nearest"
+    return text + "."
+
+
 # ---------------------------------------------------------------------------- the console
 
 
@@ -366,7 +438,7 @@ def end_table(workdirs: Sequence[writers.Path] | writers.Path) -> str:
     names = [name for name in evaluators(phases) if scores_exist(phases, name)]
     parts = [as_text(Table(_FACTS_HEAD, [[p.name, *_shortened(_facts(p))] for p in phases]))]
     for name in names:
-        title = f"{name} ({describe(name)}); PSNR in dB"
+        title = f"{name} ({describe(name)}); PSNR in dB" if resolution(name) else name
         parts.append(f"{title}\n{as_text(quality_table(phases, name))}")
     if sentences := findings(phases):
         parts.append("\n".join(sentences))

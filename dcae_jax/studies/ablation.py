@@ -33,7 +33,6 @@ from dcae_jax.config import (
     RunConfig,
     Schedule,
 )
-from dcae_jax.data import pipeline
 from dcae_jax.data.pipeline import DataConfig, Transform
 from dcae_jax.data.sources import PhotosConfig
 from dcae_jax.errors import UserError
@@ -367,7 +366,7 @@ def constant_baseline(settings: Settings) -> dict[str, float]:
 
 
 def _images(data: DataConfig, n: int) -> UInt8[np.ndarray, "n h w 3"]:
-    with pipeline.eval_batches(data, batch=8, n=n) as batches:
+    with data.eval_batches(batch=8, n=n) as batches:
         return np.concatenate([b["image"][b["mask"] > 0] for b in batches])
 
 

@@ -375,6 +375,10 @@ class AutoencodeTask:
 
     # ---------------------------------------------------------------------------------- reporting
 
+    def record(self) -> dict[str, Any]:
+        """Nothing beside the config."""
+        return {}
+
     def describe(self) -> list[str]:
         """What trains and what is frozen by module, crop size, losses and weights."""
         cfg, run = self.cfg, self.run

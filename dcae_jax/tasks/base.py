@@ -74,7 +74,7 @@ class Task(Protocol):
         ...
 
     def abstract_constants(self) -> Tree:
-        """Shapes of `constants`, without the files."""
+        """Shapes (`jax.ShapeDtypeStruct`) of `constants`, without the files."""
         ...
 
     def shapes(self, spatial: int) -> list[str]:
@@ -93,6 +93,10 @@ class Task(Protocol):
 
     def predict(self, variables: Variables, batch: Batch) -> Array:
         """What evaluators and commands use, e.g. the reconstruction in [-1, 1]."""
+        ...
+
+    def record(self) -> dict[str, Any]:
+        """What is kept beside the config in config.json and in every checkpoint."""
         ...
 
     def describe(self) -> list[str]:

@@ -5,10 +5,10 @@
 Needs torch and diffusers; nothing is read from dcae_jax.
 """
 
-import argparse
 import copy
 import pathlib
 import shutil
+import types
 
 import numpy as np
 import torch
@@ -87,7 +87,7 @@ def main() -> None:
         "step": 12,
     }
     torch.save(checkpoint, FOLDER / "training.pth")
-    other = {"state_dict": {"w": torch.ones(2)}, "args": argparse.Namespace(lr=1e-4)}
+    other = {"state_dict": {"w": torch.ones(2)}, "args": types.SimpleNamespace(lr=1e-4)}
     torch.save(other, FOLDER / "namespace.pth")
     for model, name in ((dc, "dc"), (kl, "kl")):
         np.savez(FOLDER / f"{name}.npz", **outputs(model))

@@ -41,7 +41,8 @@ def every() -> dict[str, AnyConfig]:
 
 def layouts_of(cfg: AnyConfig) -> list[Layout]:
     """The layouts that have names for a network."""
-    return list(Layout) if isinstance(cfg, dcae.DCAEConfig) else [Layout.diffusers]
+    both = isinstance(cfg, dcae.DCAEConfig)
+    return list(names.AUTOENCODER_LAYOUTS) if both else [Layout.diffusers]
 
 
 def weights(cfg: AnyConfig, seed: int = 0) -> dict[str, np.ndarray]:
@@ -89,3 +90,12 @@ def tensors_of(cfg: AnyConfig, layout: Layout) -> dict[str, tuple[str, tuple[int
         for e in names.table(cfg, layout) for key in e.keys
     }  # fmt: skip
     return found | {key: ("int64", ()) for key in names.counters(cfg, layout)}
+
+
+def safetensors_file(tensors: dict[str, np.ndarray], path: pathlib.Path) -> None:
+    """Writes tensors as they are."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kinds = {kind: name for name, (kind, _) in to_torch.DTYPES.items()}
+    rows = [to_torch.Row(k, kinds[v.dtype], v.shape, lambda v=v: v) for k, v in tensors.items()]
+    with path.open("wb") as file:
+        to_torch.write_safetensors(file, rows)

@@ -154,7 +154,7 @@ def test_what_needs_other_classes_says_so():
     torch_is_there = importlib.util.find_spec("torch") is not None
     why = "safe reader refuses" if torch_is_there else "install PyTorch"
     with (
-        pytest.raises(UserError, match=rf"argparse\.Namespace.*{why}.*save_file"),
+        pytest.raises(UserError, match=rf"types\.SimpleNamespace.*{why}.*save_file"),
         open_tensors(FILES / "namespace.pth"),
     ):
         pass

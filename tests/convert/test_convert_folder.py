@@ -11,7 +11,7 @@ import pytest
 import safetensors.numpy
 from etils import epath
 
-from dcae_jax import checkpoint, tree
+from dcae_jax import checkpoint, outputs, tree
 from dcae_jax.convert import folder, from_torch, to_torch
 from dcae_jax.convert.names import Layout
 from dcae_jax.errors import UserError
@@ -39,6 +39,16 @@ def refused(*args, match):
 def test_a_folder_that_cannot_be_made_is_noticed_before_anything_is_read(which, monkeypatch):
     monkeypatch.setattr(from_torch, "load", None)
     refused(*commands("/proc/nothing/x")[which], match=r"--out /proc/nothing/x cannot be written")
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_two_commands_at_once_do_not_mix(which, tmp_path):
+    out = tmp_path / "out"
+    with outputs.locked(epath.Path(out), "--out"):  # as the other command holds it
+        (out / folder.UNFINISHED).write_text("of the other command")
+        refused(*commands(out)[which], match="is in use by another command")
+        assert (out / folder.UNFINISHED).read_text() == "of the other command"
+    narrow.command(*commands(out)[which])
 
 
 @pytest.mark.parametrize("which", [0, 1])

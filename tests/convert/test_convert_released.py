@@ -57,6 +57,7 @@ def test_its_weights_initialise_a_run_and_make_an_autoencoder(work):
     assert both[0].origin.counters == both[1].origin.counters
 
 
+@pytest.mark.slow
 def test_an_import_is_evaluated_fine_tuned_and_exported_with_its_factor(work, tmp_path):
     """The whole way of a user.  Phase 3 leaves the encoder alone, so the factor stays that one."""
     shutil.copytree(work, tmp_path / "work")

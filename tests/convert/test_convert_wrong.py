@@ -283,7 +283,7 @@ def described(tmp_path, release, layout, named=None):
         return from_torch._describe(None, tensors, named, str(path))
 
 
-@pytest.mark.parametrize("layout", list(Layout))
+@pytest.mark.parametrize("layout", names.AUTOENCODER_LAYOUTS)
 def test_a_bare_file_that_fits_one_release_has_its_network_but_perhaps_other_weights(
     tmp_path, layout
 ):
@@ -421,11 +421,15 @@ def test_nothing_is_overwritten(folder, tmp_path):
     out.mkdir()
     (out / "mine.txt").write_text("mine")
     before = sorted(tmp_path.rglob("*"))
+    full = "exists and is not empty"
+    refused("import", "--from", folder, "--out", out, match=full)
+    refused("export", "--workdir", folder, "--to", "diffusers", "--out", out, match=full)
+    (out / "checkpoints").mkdir()
     incomplete = r"exists and has no config\.json: its writer did not finish"
     refused("import", "--from", folder, "--out", out, match=incomplete)
-    refused("export", "--workdir", folder, "--to", "diffusers", "--out", out, match=incomplete)
+    (out / "checkpoints").rmdir()
     (out / "config.json").write_text("{}")
-    refused("import", "--from", folder, "--out", out, match="exists and is not empty")
+    refused("import", "--from", folder, "--out", out, match=full)
     refused("import", "--from", folder, "--out", out / "mine.txt", match="is not empty")
     (out / "config.json").unlink()
     assert sorted(tmp_path.rglob("*")) == before

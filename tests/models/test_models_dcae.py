@@ -129,7 +129,14 @@ def test_parameter_paths_are_pinned(name: str) -> None:
         )
 
 
-@pytest.mark.parametrize("remat", [Remat.stage, Remat.block, (Remat.none,) * 3 + (Remat.stage,)])
+@pytest.mark.parametrize(
+    "remat",
+    [
+        pytest.param(Remat.stage, marks=pytest.mark.slow),
+        Remat.block,
+        pytest.param((Remat.none,) * 3 + (Remat.stage,), marks=pytest.mark.slow),
+    ],
+)
 def test_remat_changes_neither_the_tree_nor_the_numbers(remat: Remat | tuple[Remat, ...]) -> None:
     plain = tiny()
     plain.batch_norm = BatchNormMode.update

@@ -184,7 +184,7 @@ def test_moments_are_clipped_and_the_mean_is_the_latent() -> None:
     np.testing.assert_array_equal(latent, mean)
 
 
-@pytest.mark.parametrize("remat", [Remat.stage, Remat.block])
+@pytest.mark.parametrize("remat", [pytest.param(Remat.stage, marks=pytest.mark.slow), Remat.block])
 def test_remat_changes_neither_the_tree_nor_the_numbers(remat: Remat) -> None:
     plain = tiny()
     cfg = copy.deepcopy(plain)

@@ -3,10 +3,10 @@
 import itertools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from tiny import error
 
 from dcae_jax import recipes, sharding, tree
 from dcae_jax.models.dcae import Remat
@@ -50,45 +50,19 @@ def config(phase, mesh=(1, 1, 1, False), microbatches=1, remat=Remat.none):
     return cfg
 
 
-def error(a, b):
-    """|a - b| / |b| over all leaves."""
-
-    def norm(leaves):
-        return np.sqrt(sum(np.sum(np.square(x, dtype=np.float64)) for x in leaves))
-
-    a, b = jax.tree.leaves(a), jax.tree.leaves(b)
-    return norm([x - y for x, y in zip(a, b, strict=True)]) / norm(b)
-
-
 _reference = {}
-
-
-def sgd(trainer, steps=2):
-    """Metrics and gradients of the first batch, and the parameters after steps of plain SGD."""
-    first = None
-    for k in range(steps):
-        metrics, grads = trainer.grads(k)
-        first = first or (metrics, grads)
-        flat = dict(tree.flatten(trainer.state.params))
-        for objective in trainer.task.objectives:
-            total, _ = objective.combine(grads[objective.name], jnp.int32(k))
-            for path, g in tree.flatten(total).items():
-                flat[path] = jax.device_put(flat[path] - 0.1 * g, flat[path].sharding)
-        trainer.state = trainer.state.replace(params=tree.unflatten(flat))
-    return *first, jax.device_get(trainer.state.params)
 
 
 def reference(phase):
     if phase not in _reference:
-        _reference[phase] = sgd(tiny.Trainer(config(phase)))
+        _reference[phase] = tiny.Trainer(config(phase)).sgd()
     return _reference[phase]
 
 
 def check(phase, mesh, microbatches, remat):
     metrics, grads, params = reference(phase)
-    found, found_grads, found_params = sgd(
-        tiny.Trainer(config(phase, mesh, microbatches, remat), devices=8)
-    )
+    many = tiny.Trainer(config(phase, mesh, microbatches, remat), devices=8)
+    found, found_grads, found_params = many.sgd()
     assert found.keys() == metrics.keys()
     for name in metrics:
         np.testing.assert_allclose(found[name], metrics[name], rtol=TOLERANCE, atol=1e-7)
@@ -118,7 +92,9 @@ def test_pairwise_is_a_pairwise_cover():
         assert seen == set(itertools.product(first, second))
 
 
-@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize(
+    "phase", [PHASES[0], *(pytest.param(p, marks=pytest.mark.slow) for p in PHASES[1:])]
+)
 def test_adamw_ema_and_statistics_agree_on_a_zero1_mesh(phase):
     """The whole step: AdamW, EMA and LeCam's anchors with sharded optimizer state."""
     one, many = (
@@ -146,6 +122,7 @@ def test_promise_1_product(phase, mesh, microbatches, remat):
     check(phase, mesh, microbatches, remat)
 
 
+@pytest.mark.slow
 def test_promise_1_kl_autoencoder():
     """Group norms and attention over a sharded height, samples of the latent over microbatches."""
 
@@ -155,9 +132,9 @@ def test_promise_1_kl_autoencoder():
         cfg.task.losses.kl = 0.1
         return cfg
 
-    metrics, grads, params = sgd(tiny.Trainer(kl_config()))
+    metrics, grads, params = tiny.Trainer(kl_config()).sgd()
     many = tiny.Trainer(kl_config((2, 1, 4, False), 4, Remat.block), devices=8)
-    found, found_grads, found_params = sgd(many)
+    found, found_grads, found_params = many.sgd()
     assert found.keys() == metrics.keys()
     for name in metrics:
         np.testing.assert_allclose(found[name], metrics[name], rtol=TOLERANCE, atol=1e-7)

@@ -71,6 +71,13 @@ def test_a_finished_run_does_nothing(whole, capsys):
     assert after.keys() == before.keys()
 
 
+def test_a_finished_run_whose_report_is_missing_writes_it(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    (tmp_path / "run" / "report.html").unlink()
+    assert runs.run("phase1", tmp_path / "run") == train.DONE
+    assert (tmp_path / "run" / "report.html").stat().st_size > 10_000
+
+
 def test_more_steps_continue_a_finished_run(whole, tmp_path):
     """`steps` may grow: with a constant rate the longer run is the same run."""
     assert runs.run("phase1", tmp_path / "a", steps=4) == train.DONE

@@ -1,6 +1,7 @@
 """FLOPs on the jaxpr against closed forms."""
 
 import functools
+import importlib
 import itertools
 
 import jax
@@ -248,3 +249,26 @@ def test_the_count_agrees_with_a_numpy_convolution() -> None:
     conv = functools.partial(_conv, stride=2, pad=((1, 1), (1, 1)))
     cost = flops.count(conv, _abstract(1, 5, 5, 2), _abstract(3, 3, 2, 4)).total
     assert cost == 2 * multiplications
+
+
+def test_cudnn_attention_counts_as_the_products_it_stands_for(monkeypatch) -> None:
+    """Traced here as on a GPU; the plain form is counted by its products."""
+    kernels = importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")
+    monkeypatch.setattr(kernels, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(kernels, "check_compute_capability", lambda *_: True)
+    q, k = (jax.ShapeDtypeStruct((3, n, 2, 64), jnp.bfloat16) for n in (64, 128))
+
+    def gradient(fn):
+        return jax.value_and_grad(fn, (0, 1, 2))
+
+    def totals(kernel: str) -> list[int]:
+        def attend(q, k, v):
+            found = jax.nn.dot_product_attention(q, k, v, implementation=kernel)
+            return found.astype(jnp.float32).sum()
+
+        counted = [flops.count(f, q, k, k) for f in (attend, gradient(attend))]
+        assert all(found.incomplete == () for found in counted)
+        return [found.total for found in counted]
+
+    forward = 2 * 2 * 3 * 2 * 64 * 128 * 64
+    assert totals("cudnn") == totals("xla") == [forward, 3 * forward]

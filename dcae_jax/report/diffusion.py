@@ -1,0 +1,125 @@
+"""What a report says of diffusion runs: kinds of evaluators, facts, losses by time."""
+
+import enum
+import itertools
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from dcae_jax.report import phases as phases_lib
+from dcae_jax.report.phases import Phase
+
+BIN = re.compile(r"loss_t(\d\.\d+)$")  # the loss of a part of the time, by where it begins
+_PICTURES = 4  # of one evaluator, spread over the training
+
+
+class Kind(enum.Enum):
+    """What an evaluator measures, told from the names of its scores."""
+
+    classes = "classes"  # class scores of samples
+    loss = "loss"  # on held-out latents
+    samples = "samples"  # pictures of samples
+    other = "other"
+
+
+def kind(found: Sequence[Phase], evaluator: str) -> Kind:
+    """The kind of an evaluator."""
+    names = phases_lib.measured(found, evaluator)
+    if {"accuracy", "frechet"} <= names:
+        return Kind.classes
+    if "loss" in names:
+        return Kind.loss
+    return Kind.samples if "latent_rms" in names else Kind.other
+
+
+def of_kind(found: Sequence[Phase], wanted: Kind) -> list[str]:
+    """The evaluators of a kind."""
+    return [name for name in phases_lib.evaluators(found) if kind(found, name) is wanted]
+
+
+def is_diffusion(found: Sequence[Phase]) -> bool:
+    """Whether any of the runs trained on latents."""
+    return any(_latents(phase) for phase in found)
+
+
+def _latents(phase: Phase) -> dict[str, Any]:
+    """The manifest of the cache; {} if the run had none."""
+    return phase.config.get("latents", {})
+
+
+def of_photos(found: Sequence[Phase]) -> bool:
+    """Whether latents are of the built-in photographs."""
+    return any(_latents(phase).get("dataset") == "photos" for phase in found)
+
+
+WHAT = {
+    Kind.classes: "samples against held-out and training latents",
+    Kind.loss: "loss on held-out latents",
+    Kind.samples: "samples: each row one class, fixed noise",
+}
+
+
+def facts(found: Sequence[Phase]) -> list[tuple[str, str]]:
+    """The model, its latents, how samples are drawn."""
+    lines = []
+    for phase in found:
+        tree, manifest = phase.config.get("config", {}), _latents(phase)
+        if not manifest:
+            continue
+        lines += [("model", _model(tree["task"])), ("latents", _cache(manifest))]
+        drawn = dict.fromkeys(_sampling(e) for e in tree["evals"] if "sampler" in e)
+        lines += [("samples", text) for text in drawn]
+    return list(dict.fromkeys(lines))
+
+
+def _model(task: dict[str, Any]) -> str:
+    model, process = task["model"], task["process"]
+    name = model["class"].rsplit(":", 1)[-1].removesuffix("Config")
+    return (
+        f"{name}, depth {model['depth']}, width {model['width']}; process {process['kind']}, "
+        f"predicts {process['predict']}, times {process['times']}, shift {process['shift']:g}; "
+        f"latents normalised by {task['latent_norm']}"
+    )
+
+
+def _cache(manifest: dict[str, Any]) -> str:
+    plan = manifest["plan"]
+    shape = "×".join(map(str, plan["shape"]))
+    return (
+        f"{shape}, {manifest['images']:,} crops of {manifest['dataset']} at {plan['resolution']} "
+        f"px in {manifest['num_classes']} classes, RMS {manifest['rms']:.3g}; decoded by "
+        f"{manifest['description'] or manifest['autoencoder']}"
+    )
+
+
+def _sampling(evaluator: dict[str, Any]) -> str:
+    sampler, scale = evaluator["sampler"], evaluator["guidance"]["scale"]
+    name = sampler["class"].rsplit(":", 1)[-1].removesuffix("Config")
+    steps = f", {sampler['steps']} steps" if "steps" in sampler else ""
+    return f"{name}{steps}, guidance {scale:g}" + (" (off)" if scale == 1 else "")
+
+
+# ---------------------------------------------------------------------------- over the training
+
+
+def spread(steps: Sequence[int], most: int = _PICTURES) -> list[int]:
+    """At most so many of the steps, the first and the last among them."""
+    if len(steps) <= most:
+        return list(steps)
+    return [steps[round(i * (len(steps) - 1) / (most - 1))] for i in range(most)]
+
+
+def by_time(phase: Phase, evaluator: str) -> dict[int, list[tuple[float, float]]]:
+    """{step: (middle of a part of the time, loss)}; of steps with fewer than two parts nothing."""
+    curves = {}
+    for row in phase.rows:
+        starts = sorted(
+            (float(match[1]), value)
+            for key, value in row.items()
+            if key.startswith(f"{evaluator}/") and (match := BIN.search(key))
+            and isinstance(value, int | float)
+        )  # fmt: skip
+        if len(starts) > 1:
+            half = min(b - a for (a, _), (b, _) in itertools.pairwise(starts)) / 2
+            curves[row["step"]] = [(start + half, value) for start, value in starts]
+    return curves
