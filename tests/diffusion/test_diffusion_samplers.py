@@ -337,7 +337,9 @@ def test_a_sample_does_not_depend_on_its_batch(name):
         np.testing.assert_array_equal(part.evaluations, whole.evaluations[np.array(rows)])
 
 
-@pytest.mark.parametrize("name", ["ddpm", "dpm_fast", "dopri5"])
+@pytest.mark.parametrize(
+    "name", ["ddpm", "dpm_fast", pytest.param("dopri5", marks=pytest.mark.slow)]
+)
 def test_a_sample_does_not_depend_on_the_mesh(name):
     cfg, p, steps = CASES[name]
     sampler, denoise = cfg.build(p), network(p)
@@ -421,7 +423,7 @@ VP = ProcessConfig()
 @pytest.mark.parametrize(
     ("cfg", "process", "says"),
     [
-        (AncestralConfig(), FLOW, "use DDIMConfig(eta=1)"),
+        (AncestralConfig(), FLOW, "use DDIM with eta = 1"),
         (AncestralConfig(steps=0), VP, "a sampler needs 1 or more"),
         (AncestralConfig(steps=1001), VP, "more than the 1000 of scaled_linear"),
         (AncestralConfig(variance=Variance.learned), VP, "use variance=posterior"),
@@ -431,7 +433,7 @@ VP = ProcessConfig()
         (EulerConfig(end=1.0), FLOW, "use 0 or 0.001"),
         (HeunConfig(end=0.0001), VP, "use end=0.001"),
         (HeunConfig(steps=0), FLOW, "sampler.steps = 0"),
-        (DPMFastConfig(), FLOW, "use DPM2MConfig or HeunConfig"),
+        (DPMFastConfig(), FLOW, "use DPM-Solver++ 2M or Heun"),
         (DPMFastConfig(end=0.0), VP, "the log-SNR is infinite"),
         (DPM2MConfig(steps=0), VP, "sampler.steps = 0"),
         (Dopri5Config(), VP, "use end=0.001"),

@@ -218,6 +218,7 @@ def test_scan_and_remat_change_neither_tree_nor_numbers(fields: dict[str, Any]) 
     close(again_grads, grads, 1e-5)  # sums over tokens in another order
 
 
+@pytest.mark.slow
 def test_remat_recomputes_what_it_says() -> None:
     """Multiply-adds of a gradient: weight products are recomputed by `full` alone."""
     cfg = tiny(width=64)

@@ -299,6 +299,7 @@ def test_constant_baseline_is_the_mean_colour_of_training_pixels() -> None:
 # --------------------------------------------------------------------------------- real training
 
 
+@pytest.mark.slow
 def test_a_real_study_goes_on_after_a_preemption(tmp_path, monkeypatch) -> None:
     """One rate, one seed; the arm with shortcuts and its phase 2 are trained, the rest made up."""
     settings, formula = tiny(rates=(2e-3,), seeds=(0,)), Formula(lambda *arm: 20.0)
