@@ -19,7 +19,7 @@ from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
-from dcae_jax import checkpoint
+from dcae_jax import checkpoint, sharding
 from dcae_jax import config as config_lib
 from dcae_jax.config import InitWeights, JSONValue
 from dcae_jax.convert import from_torch
@@ -152,10 +152,7 @@ def abstract(cfg: DCAEConfig | KLVAEConfig) -> dict[str, Tree]:
 
     It is one of this process: each process has the weights for itself.
     """
-    place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    placed = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), abstract_variables(cfg)
-    )
+    placed = sharding.on_one_device(abstract_variables(cfg))
     stats = {"ae": placed["batch_stats"]} if "batch_stats" in placed else {}
     return {"params": {"ae": placed["params"]}, "stats": stats}
 

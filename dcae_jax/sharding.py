@@ -216,3 +216,9 @@ class Prefetch:
         """Stops the thread; batches that were not used are dropped."""
         self._stop.set()
         self._thread.join()
+
+
+def on_one_device(shapes: Any) -> Any:
+    """Shapes of a tree, each placed whole on this process's first device."""
+    place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)

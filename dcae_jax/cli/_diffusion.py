@@ -250,7 +250,7 @@ def plan(args: argparse.Namespace) -> "ExportDiffusion":
     """What will be written; UserError if the run cannot be exported."""
     import jax
 
-    from dcae_jax import checkpoint, config
+    from dcae_jax import checkpoint, config, sharding
     from dcae_jax.cli import _options
     from dcae_jax.config import InitWeights
     from dcae_jax.convert import diffusion_names
@@ -259,8 +259,7 @@ def plan(args: argparse.Namespace) -> "ExportDiffusion":
 
     run = config.from_json(checkpoint.source_meta(args.workdir, "--workdir")["config"])
     shapes, _ = jax.eval_shape(run.task.build(run).init, jax.random.key(0))
-    place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    targets = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
+    targets = sharding.on_one_device(shapes)
     prefer_ema = _options.weights(args) is InitWeights.ema
     found = checkpoint.load_weights(args.workdir, {"params": targets, "stats": {}}, prefer_ema)
     origin = found.meta[ORIGIN] if ORIGIN in found.meta else None

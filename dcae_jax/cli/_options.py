@@ -3,7 +3,8 @@
 import argparse
 import contextlib
 import sys
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -111,6 +112,24 @@ def own_options() -> "Iterator[None]":
         for name in ("max_bad_fraction", "min_size"):
             text = text.replace(f"data.{name}", f"--{name.replace('_', '-')}")
         raise UserError(text) from e
+
+
+def in_all_processes(work: "Callable[[], None]") -> int:
+    """The exit code of work that several processes share; one that fails does not wait for them."""
+    import jax
+
+    from dcae_jax import distributed
+    from dcae_jax.errors import UserError
+
+    try:
+        work()
+    except Exception as error:
+        if jax.process_count() == 1:
+            raise
+        told = isinstance(error, UserError)  # the other processes wait for this one: leave at once
+        print(f"error: {error}" if told else traceback.format_exc(), file=sys.stderr)
+        return distributed.leave(2 if told else 1)
+    return 0
 
 
 def add_codec(to: argparse.ArgumentParser) -> None:

@@ -24,10 +24,8 @@ import copy
 import json
 import os
 import shutil
-import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -67,22 +65,15 @@ def main(argv: list[str]) -> int:
     """Entry point of `python -m dcae_jax cache-latents`."""
     args, overrides = _parser().parse_known_args(argv)
     _refuse_unknown(overrides)
-    import jax
-
     from dcae_jax import distributed
-    from dcae_jax.errors import UserError
 
     distributed.initialize()
-    try:
+
+    def work() -> None:
         with contextlib.nullcontext() if overrides else _options.own_options():
             _run(args, overrides)
-    except Exception as error:
-        if jax.process_count() == 1:
-            raise
-        told = isinstance(error, UserError)  # the other processes wait for this one: leave at once
-        print(f"error: {error}" if told else traceback.format_exc(), file=sys.stderr)
-        return distributed.leave(2 if told else 1)
-    return 0
+
+    return _options.in_all_processes(work)
 
 
 def _parser() -> Any:

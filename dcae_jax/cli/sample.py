@@ -34,7 +34,6 @@ import argparse
 import contextlib
 import itertools
 import sys
-import traceback
 from collections.abc import Iterable, Iterator
 from concurrent import futures
 from typing import TYPE_CHECKING, Any
@@ -59,22 +58,11 @@ _THREADS = 8  # that compress and write PNGs
 def main(argv: list[str]) -> int:
     """Entry point of `python -m dcae_jax sample`."""
     args = _parser().parse_args(argv)
-    import jax
-
     from dcae_jax import backend, distributed
-    from dcae_jax.errors import UserError
 
     distributed.initialize()
     backend.compile_cache("auto")
-    try:
-        _run(args)
-    except Exception as error:
-        if jax.process_count() == 1:
-            raise
-        told = isinstance(error, UserError)  # the other processes wait for this one: leave at once
-        print(f"error: {error}" if told else traceback.format_exc(), file=sys.stderr)
-        return distributed.leave(2 if told else 1)
-    return 0
+    return _options.in_all_processes(lambda: _run(args))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -280,8 +268,7 @@ def load(model: Model, mesh: "Mesh") -> "tuple[DiffuseTask, Variables]":
 
     task = model.run.task.build(model.run)
     shapes, _ = jax.eval_shape(task.init, jax.random.key(0))
-    place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    targets = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
+    targets = sharding.on_one_device(shapes)
     found = checkpoint.load_weights(
         model.source, {"params": targets, "stats": {}}, prefer_ema=model.ema
     )

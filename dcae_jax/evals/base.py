@@ -1,6 +1,6 @@
 """What evaluators share: their report, and which weights they look at."""
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import UInt8
@@ -26,3 +26,29 @@ def variables_of(
         average = state.ema[ema_name(ema.decays[0])]
         return Variables(average["params"], average["stats"], constants)
     return Variables(state.params, state.stats, constants)
+
+
+@runtime_checkable
+class Cadence(Protocol):
+    """The fields of an evaluator's config that say when it runs."""
+
+    name: str
+    every: int  # steps; 0: never in between
+    at_start: bool
+    at_end: bool
+
+
+def is_due(cfg: Cadence, step: int, last: int) -> bool:
+    """Whether an evaluator runs after `step` of `last` steps."""
+    if step == last:
+        return cfg.at_end
+    return cfg.at_start if step == 0 else cfg.every > 0 and step % cfg.every == 0
+
+
+def below(cfg: Cadence, **least: int) -> list[str]:
+    """Sentences about fields that are smaller than what they must at least be."""
+    values = {name: getattr(cfg, name) for name in least}
+    return [
+        f"evals: {name} = {value} of {cfg.name}; at least {least[name]}"
+        for name, value in values.items() if value < least[name]
+    ]  # fmt: skip

@@ -30,7 +30,7 @@ from dcae_jax.diffusion.guidance import GuidanceConfig
 from dcae_jax.diffusion.samplers import DPMFastConfig, SamplerConfig
 from dcae_jax.errors import UserError
 from dcae_jax.evals import frechet, generate
-from dcae_jax.evals.base import Report, variables_of
+from dcae_jax.evals.base import Report, below, is_due, variables_of
 from dcae_jax.generator import Generator
 from dcae_jax.report import images as pictures
 from dcae_jax.step import TrainState
@@ -75,20 +75,7 @@ class ClassScoresConfig:
 
     def problems(self) -> list[str]:
         """All problems of these values, each with its mend."""
-        found = []
-        least = {
-            "n": 1,
-            "held_out": _LEAST,
-            "training": _LEAST,
-            "batch": 1,
-            "pictures": 0,
-            "every": 0,
-        }
-        for name, bound in least.items():
-            value = getattr(self, name)
-            if value < bound:
-                found.append(f"evals: {name} = {value} of {self.name}; at least {bound}")
-        return found
+        return below(self, n=1, held_out=_LEAST, training=_LEAST, batch=1, pictures=0, every=0)
 
     def metrics(self) -> tuple[str, ...]:
         """The names of its scores."""
@@ -96,9 +83,7 @@ class ClassScoresConfig:
 
     def due(self, step: int, last: int) -> bool:
         """Whether it runs after `step` of `last` steps."""
-        if step == last:
-            return self.at_end
-        return self.at_start if step == 0 else self.every > 0 and step % self.every == 0
+        return is_due(self, step, last)
 
     def build(self, run: RunConfig, task: Task, mesh: Mesh) -> "ClassScores":
         """The evaluator; it loads the autoencoder and reads the latents."""

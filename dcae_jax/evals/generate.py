@@ -19,7 +19,7 @@ from dcae_jax.diffusion.process import ProcessConfig
 from dcae_jax.diffusion.samplers import DPMFastConfig, SamplerConfig
 from dcae_jax.errors import UserError
 from dcae_jax.evals import metrics
-from dcae_jax.evals.base import Report, variables_of
+from dcae_jax.evals.base import Report, below, is_due, variables_of
 from dcae_jax.generator import Drawn, Generator
 from dcae_jax.report import images as pictures
 from dcae_jax.step import TrainState
@@ -53,12 +53,7 @@ class GenerateConfig:
 
     def problems(self) -> list[str]:
         """All problems of these values, each with its mend."""
-        found = []
-        for name, least in (("per_label", 1), ("batch", 1), ("every", 0)):
-            value = getattr(self, name)
-            if value < least:
-                found.append(f"evals: {name} = {value} of {self.name}; at least {least}")
-        return found
+        return below(self, per_label=1, batch=1, every=0)
 
     def metrics(self) -> tuple[str, ...]:
         """The names of its scores."""
@@ -66,9 +61,7 @@ class GenerateConfig:
 
     def due(self, step: int, last: int) -> bool:
         """Whether it runs after `step` of `last` steps."""
-        if step == last:
-            return self.at_end
-        return self.at_start if step == 0 else self.every > 0 and step % self.every == 0
+        return is_due(self, step, last)
 
     def build(self, run: RunConfig, task: Task, mesh: Mesh) -> "Generate":
         """The evaluator; it loads the autoencoder."""

@@ -17,7 +17,7 @@ from dcae_jax.config import InitWeights, RunConfig
 from dcae_jax.data import pipeline
 from dcae_jax.data.pipeline import DataConfig
 from dcae_jax.evals import baselines, metrics
-from dcae_jax.evals.base import Report, variables_of
+from dcae_jax.evals.base import Report, below, is_due, variables_of
 from dcae_jax.report import images as pictures
 from dcae_jax.step import TrainState
 from dcae_jax.tasks.base import Task, Variables
@@ -52,12 +52,7 @@ class ReconstructConfig:
 
     def problems(self) -> list[str]:
         """All problems of these values, each with its mend."""
-        found = []
-        for name, least in (("n", 1), ("batch", 1), ("every", 0)):
-            if getattr(self, name) < least:
-                value = getattr(self, name)
-                found.append(f"evals: {name} = {value} of {self.name}; at least {least}")
-        return found
+        return below(self, n=1, batch=1, every=0)
 
     def metrics(self) -> tuple[str, ...]:
         """The names of its scores."""
@@ -65,11 +60,7 @@ class ReconstructConfig:
 
     def due(self, step: int, last: int) -> bool:
         """Whether it runs after `step` of `last` steps."""
-        if step == last:
-            return self.at_end
-        if step == 0:
-            return self.at_start
-        return self.every > 0 and step % self.every == 0
+        return is_due(self, step, last)
 
     def build(self, run: RunConfig, task: Task, mesh: Mesh) -> "Reconstruct":
         """The evaluator."""

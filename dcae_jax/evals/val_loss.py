@@ -15,7 +15,7 @@ from dcae_jax.data import pipeline
 from dcae_jax.data.latents import LatentDataConfig
 from dcae_jax.diffusion import samplers
 from dcae_jax.errors import UserError
-from dcae_jax.evals.base import Report, variables_of
+from dcae_jax.evals.base import Report, below, is_due, variables_of
 from dcae_jax.online import OnlineDataConfig
 from dcae_jax.step import TrainState
 from dcae_jax.tasks.base import Batch, Task, Variables
@@ -55,11 +55,7 @@ class ValLossConfig:
 
     def problems(self) -> list[str]:
         """All problems of these values, each with its mend."""
-        found = []
-        for name, least in (("n", 1), ("batch", 1), ("bins", 1), ("every", 0)):
-            value = getattr(self, name)
-            if value < least:
-                found.append(f"evals: {name} = {value} of {self.name}; at least {least}")
+        found = below(self, n=1, batch=1, bins=1, every=0)
         if self.n < self.bins:
             found.append(
                 f"evals: n = {self.n} of {self.name} leaves some of its bins = {self.bins} parts "
@@ -77,9 +73,7 @@ class ValLossConfig:
 
     def due(self, step: int, last: int) -> bool:
         """Whether it runs after `step` of `last` steps."""
-        if step == last:
-            return self.at_end
-        return self.at_start if step == 0 else self.every > 0 and step % self.every == 0
+        return is_due(self, step, last)
 
     def build(self, run: RunConfig, task: Task, mesh: Mesh) -> "ValLoss":
         """The evaluator."""
