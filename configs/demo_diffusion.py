@@ -40,7 +40,8 @@ from dcae_jax.evals.class_scores import ClassScoresConfig
 from dcae_jax.evals.val_loss import ValLossConfig
 from dcae_jax.models.layers import Dtype
 from dcae_jax.models.uvit import UViTConfig
-from dcae_jax.tasks.diffuse import DiffuseConfig, LatentNorm
+from dcae_jax.tasks.diffuse import DiffuseConfig
+from dcae_jax.tasks.latents import LatentNorm
 
 
 def get_config() -> RunConfig:

@@ -36,7 +36,8 @@ from dcae_jax.models.dit import DiTConfig
 from dcae_jax.models.transformer import MLPKind
 from dcae_jax.models.uvit import UViTConfig
 from dcae_jax.online import OnlineDataConfig
-from dcae_jax.tasks.diffuse import DiffuseConfig, LatentNorm
+from dcae_jax.tasks.diffuse import DiffuseConfig
+from dcae_jax.tasks.latents import LatentNorm
 
 # Latents of 512-px images, as fields of the networks.
 LATENTS: dict[str, dict[str, Any]] = {

@@ -12,7 +12,7 @@ from dcae_jax.diffusion.samplers import AncestralConfig, Dopri5Config, DPMFastCo
 from dcae_jax.errors import UserError
 from dcae_jax.models import dit, uvit
 from dcae_jax.models.transformer import MLPKind
-from dcae_jax.tasks.diffuse import LatentNorm
+from dcae_jax.tasks.latents import LatentNorm
 
 # Forward GFLOP of an image of 512 px, 2 for each multiply-add: closed forms, and counted in
 # PyTorch; f8 in patches of 2, the others of 1.

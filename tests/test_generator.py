@@ -24,7 +24,8 @@ from dcae_jax.generator import Generator
 from dcae_jax.models.dit import DiTConfig
 from dcae_jax.models.layers import Dtype
 from dcae_jax.tasks.base import Variables
-from dcae_jax.tasks.diffuse import DiffuseConfig, Normalisation
+from dcae_jax.tasks.diffuse import DiffuseConfig
+from dcae_jax.tasks.latents import Normalisation
 
 SEED, CLASSES, SHAPE = 3, 3, (2, 2, 4)
 FLOW = ProcessConfig(kind=Kind.flow, predict=Space.v, loss_space=Space.v)

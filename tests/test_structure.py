@@ -33,7 +33,8 @@ PHASES = ("phase1", "phase2", "phase3")
 LAYERS = (
     ("errors", "rng", "data.transforms"),
     ("config", "tree", "distributed", "data", "nets", "tiling", "latent_file", "outputs"),
-    ("flags", "sharding", "optim", "models", "diffusion"),
+    ("flags", "sharding", "optim", "masking"),
+    ("models", "diffusion"),
     ("tasks", "convert"),
     ("step", "report"),
     ("checkpoint",),

@@ -25,7 +25,7 @@ from dcae_jax.evals.generate import GenerateConfig
 from dcae_jax.evals.val_loss import ValLossConfig
 from dcae_jax.online import OnlineDataConfig
 from dcae_jax.tasks.base import Variables
-from dcae_jax.tasks.diffuse import LatentNorm, normalisation
+from dcae_jax.tasks.latents import LatentNorm, normalisation
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,8 @@ from dcae_jax.models.kl_vae import KLVAEConfig
 from dcae_jax.models.layers import Act, Dtype, Norm
 from dcae_jax.models.uvit import UViTConfig
 from dcae_jax.tasks.autoencode import AdversarialConfig, AutoencodeConfig, LossConfig, Phase
-from dcae_jax.tasks.diffuse import DiffuseConfig, Normalisation
+from dcae_jax.tasks.diffuse import DiffuseConfig
+from dcae_jax.tasks.latents import Normalisation
 
 TRAINABLE = {
     Phase.low_res_full: "ae/.*",

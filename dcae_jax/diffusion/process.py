@@ -302,17 +302,22 @@ class Process:
         self, output: Float[Array, "b h w f"], x0: Latents, eps: Latents, x_t: Latents, t: Times
     ) -> Times:
         """One loss per example: the weighted mean squared error, plus the variance's bound."""
+        loss = self.weight(t) * _mean(self.squares(output, x0, eps, x_t, t))
+        if self.cfg.learn_variance:
+            loss = loss + self.variance_bound(output, x0, x_t, t)
+        return loss
+
+    def squares(
+        self, output: Float[Array, "b h w f"], x0: Latents, eps: Latents, x_t: Latents, t: Times
+    ) -> Latents:
+        """The squared error of each number in `loss_space`, not weighted."""
         space = self.cfg.loss_space
         if space is self.cfg.predict:
             found = self._split(output)[0]
         else:
             read = self.read(output, x_t, t)
             found = self._in_space(space, read.x0, read.eps, t)
-        error = found - self._in_space(space, x0, eps, t)
-        loss = self.weight(t) * _mean(error**2)
-        if self.cfg.learn_variance:
-            loss = loss + self.variance_bound(output, x0, x_t, t)
-        return loss
+        return (found - self._in_space(space, x0, eps, t)) ** 2
 
     def variance_bound(
         self, output: Float[Array, "b h w f"], x0: Latents, x_t: Latents, t: Times

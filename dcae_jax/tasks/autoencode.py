@@ -250,6 +250,10 @@ class AutoencodeTask:
         """The compiled step does not depend on anything."""
         return ()
 
+    def statics(self, first: int, last: int) -> list[Hashable]:
+        """One program for all steps."""
+        return [()]
+
     def prepare(
         self, key: PRNGKeyArray, batch: Batch, step: Int[Array, ""], static: Hashable
     ) -> Inputs:

@@ -85,6 +85,10 @@ class Task(Protocol):
         """What the compiled step depends on; () for most, the length bucket for masking."""
         ...
 
+    def statics(self, first: int, last: int) -> list[Hashable]:
+        """What `static` gives for the steps first..last-1, each once, in the order of need."""
+        ...
+
     def prepare(
         self, key: PRNGKeyArray, batch: Batch, step: Int[Array, ""], static: Hashable
     ) -> Inputs:

@@ -5,10 +5,9 @@ values of these.  Published recipes (DC-AE, arXiv 2410.10733): the network sees 
 one scalar, each label is dropped with probability 0.1, nothing is augmented.
 """
 
-import enum
 from collections.abc import Hashable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -22,50 +21,16 @@ from dcae_jax.errors import UserError
 from dcae_jax.models.dit import DiTConfig
 from dcae_jax.models.uvit import UViTConfig
 from dcae_jax.tasks.base import Batch, Inputs, Loss, Objective, Variables
+from dcae_jax.tasks.latents import (
+    Encodes,
+    LatentInputs,
+    LatentNorm,
+    Latents,
+    LatentStats,
+    data_problems,
+    expect_shape,
+)
 from dcae_jax.tree import Tree
-
-Latents = Float[Array, "b h w c"]
-RMS_RANGE = (0.7, 1.4)  # of normalised latents; outside the scale is probably another model's
-
-
-@runtime_checkable
-class LatentStats(Protocol):
-    """What is asked of the manifest of a cache."""
-
-    mean: tuple[float, ...]  # per channel
-    std: tuple[float, ...]
-    scaling_factor: float
-    num_classes: int
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """(h, w, c) of a latent."""
-        ...
-
-    def to_json(self) -> Any:
-        """All that is known of the cache."""
-        ...
-
-
-@runtime_checkable
-class Encodes(Protocol):
-    """Data that are images, with the frozen autoencoder that encodes them in the step."""
-
-    def encoder(self) -> Tree:
-        """Its variables."""
-        ...
-
-    def abstract_encoder(self) -> Tree:
-        """Their shapes."""
-        ...
-
-    def gaussian(self) -> bool:
-        """Whether a latent is a Gaussian."""
-        ...
-
-    def encode(self, variables: Tree, image: Array) -> tuple[Latents, Latents | None]:
-        """(mean, log variance or None); no gradient flows back."""
-        ...
 
 
 @runtime_checkable
@@ -83,28 +48,6 @@ class Draws(Protocol):
     name: str
     sampler: Any
     guidance: Any
-
-
-class LatentNorm(enum.Enum):
-    """How latents are brought to unit size."""
-
-    scalar = "scalar"  # times the scaling factor, 1 / RMS (published)
-    channel = "channel"  # each channel less its mean, over its standard deviation
-
-
-class Normalisation(NamedTuple):
-    """normal = (latent - shift) * scale, for each channel."""
-
-    shift: Float[Array, " c"]
-    scale: Float[Array, " c"]
-
-    def apply(self, latent: Latents) -> Latents:
-        """Latents as the network sees them."""
-        return (latent.astype(jnp.float32) - self.shift) * self.scale
-
-    def invert(self, normal: Latents) -> Latents:
-        """Latents as the autoencoder decodes them."""
-        return normal / self.scale + self.shift
 
 
 @dataclass(slots=True)
@@ -132,18 +75,22 @@ class DiffuseConfig:
             )
         return found
 
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(h, w, c) of a latent."""
+        return (*self.model.input_size, self.model.in_channels)
+
     def build(self, run: RunConfig) -> "DiffuseTask":
         """The task; the config must be resolved and valid."""
         return DiffuseTask(self, run)
 
     def resolve(self, run: RunConfig) -> None:
         """The shape of the latents is the network's; the cache is checked against it."""
-        if hasattr(run.data, "shape"):  # else run_problems says what is wrong
-            run.data.shape = (*self.model.input_size, self.model.in_channels)
+        expect_shape(run, self.latent_shape)
 
     def run_problems(self, run: RunConfig) -> list[str]:
         """Problems that this task sees in the whole run."""
-        found = _data_problems(run)
+        found = data_problems(run)
         for e in run.evals:
             online = isinstance(run.data, Encodes)
             if isinstance(e, Reads) and isinstance(e.data, Encodes) and not online:
@@ -183,18 +130,6 @@ class DiffuseConfig:
         return found
 
 
-def _data_problems(run: RunConfig) -> list[str]:
-    if run.data is not None and (
-        isinstance(run.data, Encodes) or "latent" in run.data.abstract_batch(run.batch)
-    ):
-        return []
-    return [
-        "data is no source of latents; set data=LatentDataConfig(path=...), made by `python -m "
-        "dcae_jax cache-latents`, or data=OnlineDataConfig(images=..., autoencoder=...), which "
-        "encodes images in each step"
-    ]
-
-
 class DiffuseTask:
     """See DiffuseConfig.  Parameters: {"net": ...}.
 
@@ -205,6 +140,7 @@ class DiffuseTask:
         self.cfg, self.run = cfg, run
         self.net = cfg.model.build()
         self.process: Process = cfg.process.build()
+        self.inputs = LatentInputs(run, cfg.latent_norm, cfg.latent_shape)
         self.objectives = (Objective("net", self._loss, cfg.trainable, run.optim),)
 
     # ------------------------------------------------------------------------------- the protocol
@@ -218,54 +154,45 @@ class DiffuseTask:
 
     def constants(self, training: bool) -> Tree:
         """The normalisation, from the manifest (UserError if that does not fit); the encoder."""
-        norm = normalisation(self.cfg.latent_norm, self._manifest())
-        online = isinstance(self.run.data, Encodes)
-        return {"norm": norm, **({"encoder": self.run.data.encoder()} if online else {})}
-
-    def record(self) -> dict[str, Any]:
-        """The manifest: samples are drawn and decoded without the cache."""
-        return {"latents": self._manifest().to_json()}
-
-    def _manifest(self) -> LatentStats:
-        manifest = self.run.data.manifest()
-        check_manifest(self.cfg, manifest)
-        return manifest
+        check_manifest(self.cfg, self.inputs.manifest())
+        return self.inputs.constants()
 
     def abstract_constants(self) -> Tree:
         """Shapes of `constants`, without a cache."""
-        row = jax.ShapeDtypeStruct((self.cfg.model.in_channels,), jnp.float32)
-        online = isinstance(self.run.data, Encodes)
-        more = {"encoder": self.run.data.abstract_encoder()} if online else {}
-        return {"norm": Normalisation(row, row), **more}
+        return self.inputs.abstract_constants()
+
+    def record(self) -> dict[str, Any]:
+        """The manifest: samples are drawn and decoded without the cache."""
+        manifest = self.inputs.manifest()
+        check_manifest(self.cfg, manifest)
+        return {"latents": manifest.to_json()}
 
     def shapes(self, spatial: int) -> list[str]:
         """What enters a step."""
-        cfg, data = self.cfg.model, self.run.data
-        latent = " x ".join(str(n) for n in (*cfg.input_size, cfg.in_channels))
-        if isinstance(data, Encodes):
-            return [f"each example: {data.resolution} px, encoded in the step to {latent}"]
-        return [f"each example: a latent {latent}"]
+        return self.inputs.shapes()
 
     def static(self, step: int) -> Hashable:
         """The compiled step does not depend on anything."""
         return ()
 
+    def statics(self, first: int, last: int) -> list[Hashable]:
+        """One program for all steps."""
+        return [()]
+
     def prepare(
         self, key: PRNGKeyArray, batch: Batch, step: Int[Array, ""], static: Hashable
     ) -> Inputs:
         """Times, noise, dropped labels, and what samples a latent that is a Gaussian."""
-        model, label = self.cfg.model, batch["label"]
-        shape = (label.shape[0], *model.input_size, model.in_channels)
+        label = batch["label"]
+        shape = (label.shape[0], *self.cfg.latent_shape)
         k_time, k_noise, k_drop, k_latent = jax.random.split(key, 4)
         dropped = jax.random.bernoulli(k_drop, self.cfg.label_dropout, shape[:1])
-        examples = {k: batch[k] for k in ("latent", "logvar", "image") if k in batch} | {
-            "label": jnp.where(dropped, model.num_classes, label),
+        examples = self.inputs.examples(k_latent, batch) | {
+            "label": jnp.where(dropped, self.cfg.model.num_classes, label),
             "noise": jax.random.normal(k_noise, shape),
             "time": self.process.draw_times(k_time, shape[:1]),
             "weight": jnp.full(shape[:1], 1.0 / shape[0]),
         }
-        if "logvar" in batch or ("image" in batch and self.run.data.gaussian()):
-            examples["draw"] = jax.random.normal(k_latent, shape)
         return Inputs(examples, {})
 
     def predict(self, variables: Variables, batch: Batch) -> Latents:
@@ -290,14 +217,7 @@ class DiffuseTask:
 
         Where they are Gaussians: their means, or with "draw" (standard normal) samples of them.
         """
-        if "image" in batch:
-            mean, logvar = self.run.data.encode(variables.constants["encoder"], batch["image"])
-        else:
-            mean, logvar = batch["latent"], batch["logvar"] if "logvar" in batch else None
-        mean = mean.astype(jnp.float32)
-        if logvar is None or "draw" not in batch:
-            return mean
-        return mean + jnp.exp(0.5 * logvar.astype(jnp.float32)) * batch["draw"]
+        return self.inputs.read(variables, batch)
 
     def losses(self, variables: Variables, examples: Batch) -> Float[Array, " b"]:
         """The loss of each example ("latent", "label") at its "time" and "noise"."""
@@ -348,31 +268,7 @@ class DiffuseTask:
 
     def warnings(self, metrics: dict[str, float]) -> list[str]:
         """Latents of another size than the process expects."""
-        rms = metrics["latent_rms"]
-        if RMS_RANGE[0] <= rms <= RMS_RANGE[1]:
-            return []
-        mend = "make the cache again, or set task.latent_norm=channel"
-        if isinstance(self.run.data, Encodes):
-            mend = "measure it: python -m dcae_jax latent-stats --from AUTOENCODER"
-        return [
-            f"the RMS of the normalised latents is {rms:.3g}, far from 1: the scaling factor is "
-            f"not that of these latents; {mend}"
-        ]
-
-
-def normalisation(kind: LatentNorm, manifest: LatentStats) -> Normalisation:
-    """From the statistics of the cache."""
-    channels = manifest.shape[2]
-    if kind is LatentNorm.scalar:
-        return Normalisation(jnp.zeros(channels), jnp.full(channels, manifest.scaling_factor))
-    if len(manifest.std) != channels:
-        raise UserError(
-            "task.latent_norm = channel needs the mean and deviation of each channel, which are "
-            "not known of these latents. Measure them where the autoencoder has a workdir "
-            "(python -m dcae_jax latent-stats --from WORKDIR), train on a cache, which measures "
-            "its own, or set latent_norm=scalar"
-        )
-    return Normalisation(jnp.asarray(manifest.mean), 1.0 / jnp.asarray(manifest.std))
+        return self.inputs.warnings(metrics)
 
 
 def check_manifest(cfg: DiffuseConfig, manifest: LatentStats) -> None:

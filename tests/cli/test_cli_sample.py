@@ -40,7 +40,8 @@ from dcae_jax.errors import UserError
 from dcae_jax.evals.generate import GenerateConfig
 from dcae_jax.models.layers import Dtype
 from dcae_jax.models.uvit import UViTConfig
-from dcae_jax.tasks.diffuse import DiffuseConfig, LatentNorm
+from dcae_jax.tasks.diffuse import DiffuseConfig
+from dcae_jax.tasks.latents import LatentNorm
 
 NAMES = ("cat", "dog", "golden-retriever")
 FLOW = ProcessConfig(kind=Kind.flow, predict=Space.v, loss_space=Space.v)

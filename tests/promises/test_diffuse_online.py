@@ -21,7 +21,7 @@ from dcae_jax.evals.val_loss import ValLossConfig
 from dcae_jax.online import OnlineDataConfig
 from dcae_jax.report import flops
 from dcae_jax.tasks.base import Variables
-from dcae_jax.tasks.diffuse import LatentNorm, normalisation
+from dcae_jax.tasks.latents import LatentNorm, normalisation
 
 
 def make(**changes):

@@ -1,0 +1,181 @@
+"""The latents that a task trains on, cached or encoded in the step, and their normalisation."""
+
+import enum
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from dcae_jax.config import RunConfig
+from dcae_jax.errors import UserError
+from dcae_jax.tasks.base import Batch, Variables
+from dcae_jax.tree import Tree
+
+Latents = Float[Array, "b h w c"]
+RMS_RANGE = (0.7, 1.4)  # of normalised latents; outside the scale is probably another model's
+
+
+@runtime_checkable
+class LatentStats(Protocol):
+    """What is asked of the manifest of a cache."""
+
+    mean: tuple[float, ...]  # per channel
+    std: tuple[float, ...]
+    scaling_factor: float
+    num_classes: int
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(h, w, c) of a latent."""
+        ...
+
+    def to_json(self) -> Any:
+        """All that is known of the cache."""
+        ...
+
+
+@runtime_checkable
+class Encodes(Protocol):
+    """Data that are images, with the frozen autoencoder that encodes them in the step."""
+
+    def encoder(self) -> Tree:
+        """Its variables."""
+        ...
+
+    def abstract_encoder(self) -> Tree:
+        """Their shapes."""
+        ...
+
+    def gaussian(self) -> bool:
+        """Whether a latent is a Gaussian."""
+        ...
+
+    def encode(self, variables: Tree, image: Array) -> tuple[Latents, Latents | None]:
+        """(mean, log variance or None); no gradient flows back."""
+        ...
+
+
+class LatentNorm(enum.Enum):
+    """How latents are brought to unit size."""
+
+    scalar = "scalar"  # times the scaling factor, 1 / RMS (published)
+    channel = "channel"  # each channel less its mean, over its standard deviation
+
+
+class Normalisation(NamedTuple):
+    """normal = (latent - shift) * scale, for each channel."""
+
+    shift: Float[Array, " c"]
+    scale: Float[Array, " c"]
+
+    def apply(self, latent: Latents) -> Latents:
+        """Latents as the network sees them."""
+        return (latent.astype(jnp.float32) - self.shift) * self.scale
+
+    def invert(self, normal: Latents) -> Latents:
+        """Latents as the autoencoder decodes them."""
+        return normal / self.scale + self.shift
+
+
+class LatentInputs:
+    """The latents of a run, from its cache or encoded in each step from its images.
+
+    Constants: the normalisation, and the encoder where images are encoded in the step.
+    """
+
+    def __init__(self, run: RunConfig, kind: LatentNorm, shape: tuple[int, int, int]):
+        """`shape`: (h, w, c) of a latent, as the network takes it."""
+        self._run, self._kind, self._shape = run, kind, shape
+        self._online = isinstance(run.data, Encodes)
+
+    def manifest(self) -> LatentStats:
+        """What is known of the latents."""
+        return self._run.data.manifest()
+
+    def constants(self) -> Tree:
+        """{"norm", "encoder" if it is needed}; UserError if they do not fit."""
+        norm = normalisation(self._kind, self.manifest())
+        return {"norm": norm, **({"encoder": self._run.data.encoder()} if self._online else {})}
+
+    def abstract_constants(self) -> Tree:
+        """Shapes of `constants`, without a cache."""
+        row = jax.ShapeDtypeStruct(self._shape[2:], jnp.float32)
+        more = {"encoder": self._run.data.abstract_encoder()} if self._online else {}
+        return {"norm": Normalisation(row, row), **more}
+
+    def shapes(self) -> list[str]:
+        """What enters a step, for --dry_run."""
+        latent = " x ".join(str(n) for n in self._shape)
+        if self._online:
+            pixels = self._run.data.resolution
+            return [f"each example: {pixels} px, encoded in the step to {latent}"]
+        return [f"each example: a latent {latent}"]
+
+    def examples(self, key: PRNGKeyArray, batch: Batch) -> Batch:
+        """What `read` needs of a batch, with the draws of latents that are Gaussians."""
+        found = {k: batch[k] for k in ("latent", "logvar", "image") if k in batch}
+        if "logvar" in batch or ("image" in batch and self._run.data.gaussian()):
+            found["draw"] = jax.random.normal(key, (batch["label"].shape[0], *self._shape))
+        return found
+
+    def read(self, variables: Variables, batch: Batch) -> Latents:
+        """The f32 latents of a batch, from the cache or encoded here from its images.
+
+        Where they are Gaussians: their means, or with "draw" (standard normal) samples of them.
+        """
+        if "image" in batch:
+            mean, logvar = self._run.data.encode(variables.constants["encoder"], batch["image"])
+        else:
+            mean, logvar = batch["latent"], batch["logvar"] if "logvar" in batch else None
+        mean = mean.astype(jnp.float32)
+        if logvar is None or "draw" not in batch:
+            return mean
+        return mean + jnp.exp(0.5 * logvar.astype(jnp.float32)) * batch["draw"]
+
+    def warnings(self, metrics: dict[str, float]) -> list[str]:
+        """Latents of another size than networks expect."""
+        rms = metrics["latent_rms"]
+        if RMS_RANGE[0] <= rms <= RMS_RANGE[1]:
+            return []
+        mend = "make the cache again, or set task.latent_norm=channel"
+        if self._online:
+            mend = "measure it: python -m dcae_jax latent-stats --from AUTOENCODER"
+        return [
+            f"the RMS of the normalised latents is {rms:.3g}, far from 1: the scaling factor is "
+            f"not that of these latents; {mend}"
+        ]
+
+
+def expect_shape(run: RunConfig, shape: tuple[int, int, int]) -> None:
+    """The shape of the latents is the network's; the cache is checked against it."""
+    if hasattr(run.data, "shape"):  # else data_problems says what is wrong
+        run.data.shape = shape
+
+
+def data_problems(run: RunConfig) -> list[str]:
+    """What is wrong if the data of a run are no latents."""
+    if run.data is not None and (
+        isinstance(run.data, Encodes) or "latent" in run.data.abstract_batch(run.batch)
+    ):
+        return []
+    return [
+        "data is no source of latents; set data=LatentDataConfig(path=...), made by `python -m "
+        "dcae_jax cache-latents`, or data=OnlineDataConfig(images=..., autoencoder=...), which "
+        "encodes images in each step"
+    ]
+
+
+def normalisation(kind: LatentNorm, manifest: LatentStats) -> Normalisation:
+    """From the statistics of the cache."""
+    channels = manifest.shape[2]
+    if kind is LatentNorm.scalar:
+        return Normalisation(jnp.zeros(channels), jnp.full(channels, manifest.scaling_factor))
+    if len(manifest.std) != channels:
+        raise UserError(
+            "task.latent_norm = channel needs the mean and deviation of each channel, which are "
+            "not known of these latents. Measure them where the autoencoder has a workdir "
+            "(python -m dcae_jax latent-stats --from WORKDIR), train on a cache, which measures "
+            "its own, or set latent_norm=scalar"
+        )
+    return Normalisation(jnp.asarray(manifest.mean), 1.0 / jnp.asarray(manifest.std))
