@@ -11,11 +11,10 @@ stops the study, the same command goes on from there.  ablation_report.py makes 
 """
 
 import dataclasses
-import functools
 import json
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +23,7 @@ from etils import epath
 from jaxtyping import UInt8
 
 from dcae_jax import config as config_lib
-from dcae_jax import distributed, provenance, recipes, train
+from dcae_jax import distributed, recipes, train
 from dcae_jax.config import (
     CheckpointConfig,
     EmaConfig,
@@ -41,6 +40,7 @@ from dcae_jax.evals.reconstruct import ReconstructConfig, summarise
 from dcae_jax.models import dcae
 from dcae_jax.models.layers import Dtype
 from dcae_jax.report import progress, writers
+from dcae_jax.studies import base
 from dcae_jax.tasks.autoencode import AutoencodeConfig, LossConfig, Phase
 
 RESIDUAL, PLAIN = "residual", "plain"  # part (a)
@@ -232,18 +232,15 @@ class Runner:
         """Where an arm lives."""
         return self.out / arm.name
 
-    def train(self, arm: Arm, base: Arm | None = None) -> Result:
+    def train(self, arm: Arm, start: Arm | None = None) -> Result:
         """The result of an arm, which is trained, resumed, or was finished before.
 
         Raises Preempted when asked to stop; everything is saved by then.
         """
-        init_from = str(self.workdir(base)) if base else None
+        init_from = str(self.workdir(start)) if start else None
         cfg = arm_config(self.settings, arm, init_from)
         train.say(f"== arm {len(self.results) + 1} of {self.count}: {arm} | {self._eta()}")
-        self.preemption.check()
-        code = train.train(cfg, str(self.workdir(arm)), self.preemption)
-        if code == distributed.EXIT_PREEMPTED:
-            raise distributed.Preempted
+        base.train_arm(cfg, self.workdir(arm), self.preemption)
         result = read(self.workdir(arm), arm, cfg.evals[-1].name)
         self.results.append(result)
         self._work.append(_pixels(cfg))
@@ -291,7 +288,7 @@ def pooled(result: Result) -> float:
 def run(settings: Settings, out: str, preemption: distributed.Preemption) -> Study:
     """Trains what is missing in `out`; raises Preempted when asked to stop."""
     _check_devices(settings)
-    _claim(epath.Path(out), settings)
+    base.claim(epath.Path(out), settings)
     runner = Runner(settings, out, preemption)
     seed, *other_seeds = settings.seeds
     found = {kind: [] for kind in (RESIDUAL, PLAIN)}
@@ -303,9 +300,9 @@ def run(settings: Settings, out: str, preemption: distributed.Preemption) -> Stu
         for kind, arm in best.items():
             runner.train(Arm(kind, arm.rate, again))
     for again in settings.seeds:
-        base = Arm(RESIDUAL, best[RESIDUAL].rate, again)
+        start = Arm(RESIDUAL, best[RESIDUAL].rate, again)
         for kind in (HIGH, LOW):
-            runner.train(Arm(kind, settings.adapt_rate, again), base)
+            runner.train(Arm(kind, settings.adapt_rate, again), start)
     closed_forms = {"constant": constant_baseline(settings), **runner.results[0].baselines}
     return Study(settings, runner.results, {k: a.rate for k, a in best.items()}, closed_forms)
 
@@ -317,17 +314,6 @@ def _check_devices(settings: Settings) -> None:
             f"the ablation's batches of {settings.batch} and {settings.adapt_batch} do not divide "
             f"among {count} devices; show it fewer, e.g. JAX_PLATFORMS=cpu"
         )
-
-
-def _claim(out: epath.Path, settings: Settings) -> None:
-    """Writes the settings into a new folder; UserError if it holds a study of other settings."""
-    path, wanted = out / "settings.json", config_lib.to_json(settings)
-    if path.exists():
-        if json.loads(path.read_text()) != wanted:
-            raise UserError(f"{out} holds a study with other settings; give another --out")
-    elif distributed.is_main():
-        out.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(wanted, indent=2))
 
 
 def _best(runner: Runner, results: list[Result]) -> Arm:
@@ -376,10 +362,3 @@ def _scores(
     x, y = jnp.asarray(original), jnp.asarray(output)
     found = {"mse": metrics.mse(x, y), "psnr": metrics.psnr(x, y), "ssim": metrics.ssim(x, y)}
     return summarise({"count": len(x), **{k: v.sum() for k, v in found.items()}})
-
-
-@functools.cache
-def provenance_record() -> dict[str, Any]:
-    """What the numbers were made with."""
-    device = jax.devices()[0].device_kind
-    return {"commit": provenance.commit(), "versions": provenance.versions(), "device": device}

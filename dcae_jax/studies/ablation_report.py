@@ -23,15 +23,14 @@ from dcae_jax.studies.ablation import (
     Study,
     arm_config,
     pooled,
-    provenance_record,
 )
+from dcae_jax.studies.base import QUICK, provenance_record, table
 
 COLORS = {RESIDUAL: "#3574b8", PLAIN: "#d9822b", HIGH: "#2e9267", LOW: "#8a8f98"}
 LABELS = {
     RESIDUAL: "with residual autoencoding", PLAIN: "without", HIGH: "phase 2",
     LOW: "control: same layers at low resolution",
 }  # fmt: skip
-_QUICK = "A trial of the command (--quick): these numbers mean nothing."
 
 
 def write(study: Study, out: str) -> None:
@@ -67,7 +66,7 @@ def record(study: Study) -> dict[str, Any]:
 
 def findings(study: Study) -> list[str]:
     """The sentences that the numbers support."""
-    found = [_QUICK] if study.settings.quick else []
+    found = [QUICK] if study.settings.quick else []
     return found + residual_findings(study) + adaptation_findings(study)
 
 
@@ -196,7 +195,7 @@ def _list(values: Sequence[float]) -> str:
 def markdown(study: Study) -> str:
     """The tables and the sentences."""
     s = study.settings
-    parts = ["# Ablation", *([_QUICK] if s.quick else [])]
+    parts = ["# Ablation", *([QUICK] if s.quick else [])]
     parts += [
         f"## Residual autoencoding: f{2 ** (len(s.widths) - 1)}c{s.latent_channels}, {s.low} px, "
         f"{s.steps} steps of {s.batch} crops",
@@ -213,12 +212,6 @@ def markdown(study: Study) -> str:
         "measure generalisation.",
     ]  # fmt: skip
     return "\n\n".join(parts) + "\n"
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table; the first column to the left, the others to the right."""
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def _residual_rows(study: Study) -> list[list[str]]:
