@@ -16,7 +16,7 @@ export GLIBC_TUNABLES := glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.ma
 # A folder of compiled programs: the second run starts at once.
 export JAX_COMPILATION_CACHE_DIR ?= $(HOME)/.cache/dcae_jax/xla
 
-.PHONY: help setup train demo-diffusion report test test-all parity lint ablation bench clean
+.PHONY: help setup train demo-diffusion report test test-all parity lint ablation masking-study bench clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -57,6 +57,9 @@ $(PARITY)/.ready: requirements.txt requirements-dev.txt requirements-parity.txt 
 
 lint: $(READY)  ## ruff
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+masking-study: $(READY)  ## what masking brings, measured here
+	$(BIN)/python -m dcae_jax masking-study --out runs/masking
 
 ablation: $(READY)  ## what residual autoencoding and phase 2 bring, measured here
 	$(BIN)/python -m dcae_jax ablation --out runs/ablation

@@ -1,0 +1,219 @@
+"""How well masked tokens are filled in, in pixels, on held-out images.
+
+Two protocols, since the encoder of an autoencoder sees the whole image:
+
+  latent-masked  the whole image is encoded and tokens are dropped then, as in training: what is
+                 visible knows a little of what is not
+  pixel-masked   the pixels of the masked cells are replaced by the mean of the others before the
+                 image is encoded: nothing leaks, but visible latents near a hole are disturbed
+
+Errors are those of the masked pixels alone; nothing is pasted back.  A masked autoencoder of pixels
+has one protocol only, the second.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int, UInt8
+
+from dcae_jax import inpainting, masking, rng, sharding
+from dcae_jax.config import InitWeights, RunConfig
+from dcae_jax.data import pipeline
+from dcae_jax.data.pipeline import DataConfig
+from dcae_jax.errors import UserError
+from dcae_jax.evals import generate, metrics
+from dcae_jax.evals.base import Report, below, is_due, variables_of
+from dcae_jax.report import images as pictures
+from dcae_jax.step import TrainState
+from dcae_jax.tasks.autoencode import to_float
+from dcae_jax.tasks.base import Batch, Fills, Task, Variables
+from dcae_jax.tree import Tree
+
+LATENT, PIXEL = "latent_masked", "pixel_masked"
+Pixels = UInt8[Array, "b H W 3"]
+
+
+@dataclass(slots=True)
+class FilledConfig:
+    """PSNR of what is filled into masked cells of the first `n` images of a split."""
+
+    name: str = ""  # "": split and share, e.g. filled-test-0.75
+    data: DataConfig = field(default_factory=lambda: DataConfig(split="test"))
+    ratio: float = 0.75  # share of the tokens that is masked, rounded to whole tokens
+    n: int = 64  # images, exactly, on any number of devices
+    batch: int = 16  # over all devices
+    every: int = 1000  # steps; 0: never in between
+    at_start: bool = False
+    at_end: bool = True
+    pictures: int = 4  # in the grid
+    weights: InitWeights = InitWeights.ema
+
+    def resolve(self, run: RunConfig) -> None:
+        """Names the evaluator."""
+        self.name = self.name or f"filled-{self.data.split}-{self.ratio:g}"
+
+    def problems(self) -> list[str]:
+        """All problems of these values, each with its mend."""
+        found = below(self, n=1, batch=1, every=0)
+        if not 0 < self.ratio < 1:
+            found.append(
+                f"evals: ratio = {self.ratio} of {self.name}; the share that is masked, between 0 "
+                "and 1"
+            )
+        return found
+
+    def metrics(self) -> tuple[str, ...]:
+        """The names of its scores."""
+        return (f"psnr_{LATENT}", f"psnr_{PIXEL}", "n")
+
+    def due(self, step: int, last: int) -> bool:
+        """Whether it runs after `step` of `last` steps."""
+        return is_due(self, step, last)
+
+    def build(self, run: RunConfig, task: Task, mesh: Mesh) -> "Filled":
+        """The evaluator; it loads the autoencoder."""
+        return Filled(self, run, task, mesh)
+
+
+class Filled:
+    """See FilledConfig."""
+
+    def __init__(self, cfg: FilledConfig, run: RunConfig, task: Fills, mesh: Mesh):
+        self.cfg, self._run, self._task, self._mesh = cfg, run, task, mesh
+        self._net = None
+        if not isinstance(run.data, DataConfig):
+            self._net = generate.decoder("", run.data.manifest(), mesh)
+        rows = mesh.shape["data"] * mesh.shape["fsdp"]
+        self._batch = -(-cfg.batch // rows) * rows
+        self._grid = task.grid()
+        self._keep = round(np.prod(self._grid) * (1 - cfg.ratio))
+        self._check()
+        # The same masks for every run, so that runs compare.
+        self._key = rng.key(0, 0, "filled")
+        self._fill = jax.jit(self._filled)
+
+    def _check(self) -> None:
+        """UserError if nothing is masked or visible, or the tokens do not divide the images."""
+        tokens, side = int(np.prod(self._grid)), self.cfg.data.resolution
+        if not 0 < self._keep < tokens:
+            raise UserError(
+                f"evals: {self.cfg.name}: a ratio of {self.cfg.ratio} leaves {self._keep} of "
+                f"{tokens} tokens visible; choose one that leaves some, but not all"
+            )
+        wanted = self._run.data.resolution
+        if side != wanted:
+            raise UserError(
+                f"evals: {self.cfg.name}: images of {side} px for a network of {wanted} px; set "
+                f"data.resolution={wanted}"
+            )
+
+    @property
+    def protocols(self) -> tuple[str, ...]:
+        """Those that this network has."""
+        return (PIXEL,) if self._net is None else (LATENT, PIXEL)
+
+    def baselines(self) -> dict[str, dict[str, float]]:
+        """On the same pixels: the mean of the visible ones, and the autoencoder with no mask."""
+        total = {"mean-of-visible": 0.0, "autoencoder": 0.0}
+        count = 0.0
+        for k, batch in enumerate(self._batches()):
+            hole = self._hole(self._order(k))
+            total["mean-of-visible"] += _squares(
+                batch, inpainting.hide(batch["image"], hole), hole
+            )
+            if self._net is not None:
+                whole = self._decoded(self._encoded(batch["image"]))
+                total["autoencoder"] += _squares(batch, whole, hole)
+            count += _numbers(batch, hole)
+        if self._net is None:
+            del total["autoencoder"]
+        return {name: {f"psnr_{PIXEL}": _psnr(v, count)} for name, v in total.items()}
+
+    def run(self, state: TrainState, constants: Tree, poll: Callable[[], None]) -> Report:
+        """Pooled PSNR of the masked pixels for each protocol, and the grid of the first images."""
+        variables = variables_of(state, constants, self.cfg.weights, self._run.ema)
+        totals, count, shown = dict.fromkeys(self.protocols, 0.0), 0.0, []
+        for k, batch in enumerate(self._batches()):
+            order = self._order(k)
+            hole, found = self._hole(order), {}
+            hidden = inpainting.hide(batch["image"], hole)
+            for protocol in self.protocols:
+                seen = batch["image"] if protocol == LATENT else hidden
+                found[protocol] = self._filled_image(variables, batch, seen, order)
+                totals[protocol] += _squares(batch, found[protocol], hole)
+            count += _numbers(batch, hole)
+            room = min(self.cfg.pictures - len(shown), int(np.sum(batch["mask"] > 0)))
+            rows = jax.device_get((batch["image"], hidden, *found.values()))
+            shown += [[column[i] for column in rows] for i in range(max(room, 0))]
+            poll()
+        scores = {f"psnr_{name}": _psnr(value, count) for name, value in totals.items()}
+        return Report({**scores, "n": float(self.cfg.n)}, self._picture(shown, state))
+
+    def _picture(
+        self, shown: list[list[np.ndarray]], state: TrainState
+    ) -> dict[str, UInt8[np.ndarray, "h w 3"]]:
+        if not shown:
+            return {}
+        names = [name.replace("_", "-") for name in self.protocols]
+        caption = f"{self.cfg.name}, step {int(jax.device_get(state.step))}"
+        grid = pictures.grid(shown, columns=["original", "masked", *names], caption=caption)
+        return {self.cfg.name: grid}
+
+    def _batches(self) -> Iterator[dict[str, Array]]:
+        shard = pipeline.Shard(*sharding.row_shard(self._mesh))
+        with self.cfg.data.eval_batches(batch=self._batch, n=self.cfg.n, shard=shard) as batches:
+            for local in batches:
+                yield sharding.put_batch(dict(local), self._mesh)
+
+    def _order(self, k: int) -> Int[Array, "b n"]:
+        """Of the tokens of the images of batch k; it follows the image's index."""
+        key = jax.random.fold_in(self._key, k)
+        return masking.random_order(key, self._batch, *self._grid)
+
+    def _hole(self, order: Int[Array, "b n"]) -> Bool[Array, "b H W"]:
+        """The pixels of the masked cells."""
+        masked = masking.split(order, self._keep).masked()
+        return inpainting.cells_to_pixels(
+            masked.reshape(-1, *self._grid), self.cfg.data.resolution
+        )
+
+    def _encoded(self, image: Pixels) -> Float[Array, "b h w c"]:
+        """What the task takes before its normalisation."""
+        if self._net is None:
+            return image.astype(jnp.float32) / 255.0
+        return self._net.encode(to_float(image))
+
+    def _decoded(self, x: Float[Array, "b h w c"]) -> Pixels:
+        return metrics.to_uint8(2.0 * x - 1.0 if self._net is None else self._net.decode(x))
+
+    def _filled_image(
+        self, variables: Variables, batch: Batch, seen: Pixels, order: Int[Array, "b n"]
+    ) -> Pixels:
+        return self._decoded(self._fill(variables, self._encoded(seen), order, batch["label"]))
+
+    def _filled(
+        self, variables: Variables, x: Float[Array, "b h w c"], order: Int[Array, "b n"],
+        label: Int[Array, " b"],
+    ) -> Float[Array, "b h w c"]:  # fmt: skip
+        norm = variables.constants["norm"]
+        return norm.invert(self._task.fill(variables, norm.apply(x), order, self._keep, label))
+
+
+def _squares(batch: Batch, found: Pixels, hole: Bool[Array, "b H W"]) -> float:
+    """Squared grey levels of the masked pixels of the real images, summed."""
+    error = batch["image"].astype(jnp.float32) - found.astype(jnp.float32)
+    each = jnp.sum(error**2 * hole[..., None], axis=(1, 2, 3))
+    return float(metrics.masked_sum(each, batch["mask"]))
+
+
+def _numbers(batch: Batch, hole: Bool[Array, "b H W"]) -> float:
+    """How many numbers that are."""
+    return float(metrics.masked_sum(3.0 * jnp.sum(hole, axis=(1, 2)), batch["mask"]))
+
+
+def _psnr(squares: float, count: float) -> float:
+    return metrics.pooled_psnr(squares / count, 1)

@@ -1,0 +1,151 @@
+"""The masking study: which arms it trains, that they are fair, what it says of which numbers."""
+
+import json
+import xml.etree.ElementTree
+
+import jax
+import numpy as np
+import pytest
+
+from dcae_jax.masking import MaskKind
+from dcae_jax.studies import masking, masking_report
+from dcae_jax.studies.masking import KINDS, MASKED, PIXELS, PLAIN, Arm, Point, Result, Settings
+
+LATENTS = "latents"  # of a cache that nobody opens
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch) -> None:
+    monkeypatch.setattr(jax, "device_count", lambda *backend: 1)
+
+
+def configs(settings, seed=0):
+    return {k: masking.arm_config(settings, Arm(k, seed), LATENTS) for k in KINDS}
+
+
+def test_arms_of_a_part_differ_in_what_is_compared_alone() -> None:
+    found = configs(masking.quick())
+    one = found["cosine"]
+    for kind in MaskKind:
+        other = found[kind.value]
+        assert other.task.mask.kind is kind
+        assert (other.steps, other.batch, other.optim) == (one.steps, one.batch, one.optim)
+        assert (other.task.model, other.data, other.evals) == (one.task.model, one.data, one.evals)
+    pixels = found[PIXELS].task.model
+    side, grid = pixels.input_size[0] // pixels.patch, one.task.model.input_size[0]
+    assert side == grid, "as many tokens"
+    assert (pixels.width, pixels.depth, pixels.decoder_depth) == (
+        one.task.model.width, one.task.model.depth, one.task.model.decoder_depth
+    )  # fmt: skip
+    assert found[PIXELS].evals == one.evals, "the same masks on the same images"
+    plain, masked = found[PLAIN], found[MASKED]
+    assert plain.task.process == masked.task.process and plain.evals == masked.evals
+
+
+def test_both_diffusion_arms_spend_the_same() -> None:
+    found = configs(masking.quick())
+    plain, masked = (masking.costs(found[kind])[-1] for kind in (PLAIN, MASKED))
+    # One step of twelve is 8 %; the default study has hundreds.
+    assert masked == pytest.approx(plain, rel=0.08)
+    assert found[MASKED].steps > found[PLAIN].steps
+
+
+def test_the_default_settings_are_valid_and_have_256_tokens() -> None:
+    settings = Settings()
+    assert settings.grid == 16 and len(settings.seeds) == 3
+    for kind in ("cosine", PIXELS, PLAIN):
+        masking.arm_config(settings, Arm(kind, 1), LATENTS)  # validates
+    assert masking.autoencoder_config(settings).task.model.factor == 8
+
+
+def test_costs_add_up_over_the_programs() -> None:
+    cfg = masking.arm_config(masking.quick(), Arm("cosine", 0), LATENTS)
+    total = masking.costs(cfg)
+    each = np.diff(total, prepend=0.0)
+    assert len(total) == cfg.steps and (np.diff(each) <= 0).all(), "the mask grows"
+    task = cfg.task.build(cfg)
+    assert len(set(each)) == len({task.static(k) for k in range(cfg.steps)}) > 1
+
+
+def test_seconds_are_those_of_the_logged_speeds() -> None:
+    rows = [
+        {"step": 10, "train/images_per_s": float("nan")}, {"step": 5, "eval/loss": 1.0},
+        {"step": 20, "train/images_per_s": 40.0}, {"step": 30, "train/images_per_s": 80.0},
+    ]  # fmt: skip
+    found = masking._seconds(rows, 8)
+    # The first interval has no speed and takes the next one's: 10 steps of 8 at 40 / s.
+    assert found[0] == 0.0 and found[10] == 2.0 and found[20] == 4.0 and found[30] == 5.0
+    assert found[25] == 4.5
+
+
+# --------------------------------------------------------------------------------- what is said
+
+
+def study(score, cost=None) -> masking.Study:
+    """Results whose final scores are score(kind, seed), on straight curves."""
+    settings, results = masking.quick(), []
+    for seed in (0, 1, 2):
+        for kind in KINDS:
+            spent, value = (cost or {}).get(kind, 1e12), score(kind, seed)
+            after = {"psnr_pixel_masked": value, "psnr_latent_masked": value + 1}
+            if kind in (PLAIN, MASKED):
+                after = {"loss": value, "frechet": 2 * value, "accuracy": 0.5}
+            elif kind == PIXELS:
+                del after["psnr_latent_masked"]
+            curve = [Point(k, spent * k / 4, 3.0 * k, value * k / 4) for k in (1, 2, 3, 4)]
+            results.append(
+                Result(
+                    Arm(kind, seed), 4, spent, spent / 32, 12.0, 1000, after,
+                    {"mean-of-visible": {"psnr_pixel_masked": 12.0},
+                     "autoencoder": {"psnr_pixel_masked": 24.0}}, curve,
+                )
+            )  # fmt: skip
+    settings.seeds = (0, 1, 2)
+    return masking.Study(settings, results, {"psnr_pooled": 25.0}, 1e9)
+
+
+def said(found) -> str:
+    return " ".join(masking_report.findings(found))
+
+
+def test_an_effect_below_the_spread_of_the_seeds_does_not_show() -> None:
+    found = study(lambda kind, seed: 18.0 + (kind == "cosine") * (0.1, 0.3, -0.1)[seed])
+    assert "LMD, cosine against LMD, constant 0.75: +0.10 dB (seeds: +0.10, +0.30, -0.10), which" in (
+        said(found)
+    )
+
+
+def test_an_effect_on_every_seed_shows() -> None:
+    found = study(lambda kind, seed: 18.0 + (kind == "cosine") * (1.0, 1.2, 1.1)[seed])
+    assert "LMD, cosine against LMD, constant 0.75: +1.10 dB (seeds: +1.00, +1.20, +1.10) after" in (
+        said(found)
+    )
+
+
+def test_equal_flops_are_taken_from_the_curves() -> None:
+    # Twice the FLOPs for 20 dB instead of 18: at equal FLOPs it has got half way, to 10 dB.
+    found = study(
+        lambda kind, seed: 20.0 if kind == "cosine" else 18.0, {"cosine": 2e12}
+    )  # fmt: skip
+    assert "for 2.00 times the FLOPs; -8.00 dB (seeds: -8.00, -8.00, -8.00) at equal FLOPs" in (
+        said(found)
+    )
+
+
+def test_losing_is_said() -> None:
+    found = study(lambda kind, seed: 0.9 if kind == MASKED else 0.8)
+    assert "held-out loss +0.100 (seeds: +0.100, +0.100, +0.100); Fréchet distance +0.200" in (
+        said(found)
+    )
+
+
+def test_outputs(tmp_path, capsys) -> None:
+    masking_report.write(study(lambda kind, seed: 18.0 + 0.1 * seed), str(tmp_path))
+    text = (tmp_path / "masking.md").read_text()
+    assert text in capsys.readouterr().out and "these numbers mean nothing" in text
+    assert "| LMD, cosine | 31.250 | 1.00 | 12 ± 0 | 18.10 ± 0.10 | 19.10 ± 0.10 |" in text
+    assert "| nothing masked | – | – | – | 24.00 | – |" in text
+    stored = json.loads((tmp_path / "masking.json").read_text())
+    assert len(stored["arms"]) == 3 * len(KINDS) and stored["arms"][0]["curve"][0]["step"] == 1
+    picture = (tmp_path / "masking.svg").read_bytes()
+    assert len(picture) < 150_000 and xml.etree.ElementTree.fromstring(picture).tag.endswith("svg")
