@@ -208,14 +208,14 @@ def inputs_of(
     run: RunConfig, kind: LatentNorm, shape: tuple[int, int, int]
 ) -> LatentInputs | PixelInputs:
     """What a run trains on: its latents, or its images where no autoencoder encodes them."""
-    return PixelInputs(shape) if reads_pixels(run) else LatentInputs(run, kind, shape)
+    return PixelInputs(shape) if are_pixels(run.data) else LatentInputs(run, kind, shape)
 
 
-def reads_pixels(run: RunConfig) -> bool:
-    """Whether the data of a run are images, and nothing makes latents of them."""
-    if run.data is None or isinstance(run.data, Encodes):
+def are_pixels(data: Any) -> bool:
+    """Whether data are images, and nothing makes latents of them."""
+    if data is None or isinstance(data, Encodes):
         return False
-    return "image" in run.data.abstract_batch(run.batch)
+    return "image" in data.abstract_batch(1)
 
 
 def reader_problems(run: RunConfig) -> list[str]:

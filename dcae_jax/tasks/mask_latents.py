@@ -26,11 +26,12 @@ from dcae_jax.tasks.base import Batch, Inputs, Loss, Objective, Variables
 from dcae_jax.tasks.latents import (
     LatentNorm,
     Latents,
+    Reads,
+    are_pixels,
     data_problems,
     expect_shape,
     inputs_of,
     reader_problems,
-    reads_pixels,
     spatial_problems,
 )
 from dcae_jax.tree import Tree
@@ -102,9 +103,15 @@ class MaskLatentsConfig:
 
     def run_problems(self, run: RunConfig) -> list[str]:
         """Problems that this task sees in the whole run."""
-        found = self._pixel_problems(run) if reads_pixels(run) else data_problems(run)
+        pixels = are_pixels(run.data)
+        found = self._pixel_problems(run) if pixels else data_problems(run)
         found += reader_problems(run) + spatial_problems(run)
         for e in run.evals:
+            if isinstance(e, Reads) and are_pixels(e.data) != pixels:
+                found.append(
+                    f"evals: {e.name} reads {'latents' if pixels else 'images'}, and this run "
+                    f"trains on {'images' if pixels else 'latents'}; give it data of that kind"
+                )
             if isinstance(e, AsksProcess | AsksTimes):
                 found.append(
                     f"evals: {e.name} is for diffusion models, and this one has no diffusion time; "
@@ -272,7 +279,7 @@ class MaskLatentsTask:
         trained, frozen = tree.partition(params, cfg.trainable)
         first, last = (mask.ratio(k, self.run.steps) for k in (0, self.run.steps - 1))
         what = "whitened tokens" if cfg.norm_target else "tokens"
-        pixels = reads_pixels(self.run)
+        pixels = are_pixels(self.run.data)
         norm = "pixels normalised" if pixels else f"latents normalised by {cfg.latent_norm.value}"
         return [
             *cfg.model.describe(),
