@@ -42,7 +42,7 @@ class FilledConfig:
     """PSNR of what is filled into masked cells of the first `n` images of a split."""
 
     name: str = ""  # "": split and share, e.g. filled-test-0.75
-    data: DataConfig = field(default_factory=lambda: DataConfig(split="test"))
+    images: DataConfig = field(default_factory=lambda: DataConfig(split="test"))
     ratio: float = 0.75  # share of the tokens that is masked, rounded to whole tokens
     n: int = 64  # images, exactly, on any number of devices
     batch: int = 16  # over all devices
@@ -54,7 +54,7 @@ class FilledConfig:
 
     def resolve(self, run: RunConfig) -> None:
         """Names the evaluator."""
-        self.name = self.name or f"filled-{self.data.split}-{self.ratio:g}"
+        self.name = self.name or f"filled-{self.images.split}-{self.ratio:g}"
 
     def problems(self) -> list[str]:
         """All problems of these values, each with its mend."""
@@ -98,7 +98,7 @@ class Filled:
 
     def _check(self) -> None:
         """UserError if nothing is masked or visible, or the tokens do not divide the images."""
-        tokens, side = int(np.prod(self._grid)), self.cfg.data.resolution
+        tokens, side = int(np.prod(self._grid)), self.cfg.images.resolution
         if not 0 < self._keep < tokens:
             raise UserError(
                 f"evals: {self.cfg.name}: a ratio of {self.cfg.ratio} leaves {self._keep} of "
@@ -108,7 +108,7 @@ class Filled:
         if side != wanted:
             raise UserError(
                 f"evals: {self.cfg.name}: images of {side} px for a network of {wanted} px; set "
-                f"data.resolution={wanted}"
+                f"images.resolution={wanted}"
             )
 
     @property
@@ -165,7 +165,7 @@ class Filled:
 
     def _batches(self) -> Iterator[dict[str, Array]]:
         shard = pipeline.Shard(*sharding.row_shard(self._mesh))
-        with self.cfg.data.eval_batches(batch=self._batch, n=self.cfg.n, shard=shard) as batches:
+        with self.cfg.images.eval_batches(batch=self._batch, n=self.cfg.n, shard=shard) as batches:
             for local in batches:
                 yield sharding.put_batch(dict(local), self._mesh)
 
@@ -178,7 +178,7 @@ class Filled:
         """The pixels of the masked cells."""
         masked = masking.split(order, self._keep).masked()
         return inpainting.cells_to_pixels(
-            masked.reshape(-1, *self._grid), self.cfg.data.resolution
+            masked.reshape(-1, *self._grid), self.cfg.images.resolution
         )
 
     def _encoded(self, image: Pixels) -> Float[Array, "b h w c"]:

@@ -247,7 +247,7 @@ def _fill_config(settings: Settings, arm: Arm, latents: str) -> RunConfig:
     )  # fmt: skip
     cfg.data = photos(s, "train") if pixels else LatentDataConfig(path=latents, threads=2)
     cfg.evals = [
-        FilledConfig(data=photos(s, "test"), n=s.eval_images, batch=s.eval_images, every=1)
+        FilledConfig(images=photos(s, "test"), n=s.eval_images, batch=s.eval_images, every=1)
     ]
     return cfg
 
