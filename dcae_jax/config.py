@@ -37,6 +37,13 @@ class InitWeights(enum.Enum):
     params = "params"
 
 
+class Optimizer(enum.Enum):
+    """What turns gradients into steps."""
+
+    adamw = "adamw"
+    adan = "adan"  # published: beta1=0.98, beta2=0.92, beta3=0.99
+
+
 class Schedule(enum.Enum):
     """Learning rate after the warm-up."""
 
@@ -69,17 +76,21 @@ def _no_decay() -> list[GroupConfig]:
 
 @dataclass(slots=True)
 class OptimConfig:
-    """AdamW with a schedule, parameter groups and clipping by global norm."""
+    """AdamW or Adan with a schedule, parameter groups and clipping by global norm."""
 
+    optimizer: Optimizer = Optimizer.adamw
     lr: float = 1e-4
-    beta1: float = 0.9
-    beta2: float = 0.999
+    beta1: float = 0.9  # of the mean gradient
+    beta2: float = 0.999  # AdamW: of the mean square; Adan: of the mean difference of gradients
+    beta3: float = 0.99  # Adan: of the mean square
     eps: float = 1e-8
     weight_decay: float = 0.0
     schedule: Schedule = Schedule.constant
     warmup_steps: int = 0  # linear from warmup_from * lr to lr
     warmup_from: float = 0.0  # fraction of lr at the first step
     end_lr: float = 0.0  # fraction of lr at the last step (cosine, linear)
+    # (share of the run's steps, factor on the scheduled rate from there to the next milestone)
+    milestones: tuple[tuple[float, float], ...] = ()
     start_step: int = 0  # no update before this step (a discriminator may start late)
     clip_norm: float = 0.0  # global gradient norm; 0: no clipping
     groups: list[GroupConfig] = field(default_factory=_no_decay)
@@ -89,9 +100,15 @@ class OptimConfig:
         found = []
         if not (self.lr > 0 and math.isfinite(self.lr)):
             found.append(f"optim.lr = {self.lr} is not positive; choose one, e.g. 1e-4")
-        for name in ("beta1", "beta2"):
+        for name in ("beta1", "beta2", "beta3"):
             if not 0 <= getattr(self, name) < 1:
                 found.append(f"optim.{name} = {getattr(self, name)} is not in [0, 1)")
+        if self.optimizer is Optimizer.adan and (self.beta1, self.beta2) == (0.9, 0.999):
+            found.append(
+                "optim.optimizer = adan with beta1 = 0.9, beta2 = 0.999, which are AdamW's: they "
+                "mean something else there; set beta1=0.98, beta2=0.92, beta3=0.99"
+            )
+        found += self._milestone_problems()
         found += [
             f"optim.groups: {g.pattern!r} is not a regular expression ({why})"
             for g in self.groups
@@ -100,6 +117,22 @@ class OptimConfig:
         for name in ("weight_decay", "warmup_steps", "clip_norm", "start_step"):
             if not getattr(self, name) >= 0:  # NaN is refused too
                 found.append(f"optim.{name} = {getattr(self, name)}; it is >= 0, and 0 is off")
+        return found
+
+    def _milestone_problems(self) -> list[str]:
+        if any(not isinstance(m, (tuple, list)) or len(m) != 2 for m in self.milestones):
+            return [
+                f"optim.milestones = {self.milestones}; each is a pair (share of the steps, factor "
+                "on the rate), e.g. ((0.85, 0.5),)"
+            ]
+        found, shares = [], [share for share, _ in self.milestones]
+        if not all(0 < share < 1 for share in shares) or sorted(set(shares)) != shares:
+            found.append(
+                f"optim.milestones at {', '.join(map(str, shares))} of the steps; shares are "
+                "between 0 and 1, each larger than the one before"
+            )
+        if not all(factor >= 0 and math.isfinite(factor) for _, factor in self.milestones):
+            found.append(f"optim.milestones = {self.milestones}; factors on the rate are >= 0")
         return found
 
 
@@ -354,6 +387,14 @@ def _dataclass_from_json(value: dict[str, JSONValue]) -> Any:
             "another version of dcae_jax?"
         )
     return cls(**{k: from_json(value[k], hints[k]) for k in names})
+
+
+def completed(value: JSONValue) -> JSONValue:
+    """A config's JSON with the defaults of fields that are newer than it; else as it is."""
+    try:
+        return to_json(from_json(value))
+    except UserError:  # a class or field of another version: `diff` shows it
+        return value
 
 
 def flatten(cfg: Any) -> dict[str, JSONValue]:

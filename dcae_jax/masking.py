@@ -24,6 +24,7 @@ _TABLES = {
     256: (218, 192, 160, 128, 96, 64),
 }
 _TABLE_SIZE = 6
+_CHUNK = 2**16  # steps whose numbers are computed at once
 _ROUNDING = 1e-9  # 49 (1 - 0.75) must not become 12.2499... and 64 (1 - 0.75) not 15.9999...
 
 
@@ -130,6 +131,16 @@ class MaskConfig:
     def keep(self, step: int, steps: int, tokens: int) -> int:
         """The number of visible tokens at `step` of `steps`."""
         return int(self.keeps(np.asarray([self.ratio(step, steps)]), tokens)[0])
+
+    def visited(self, first: int, last: int, steps: int, tokens: int) -> list[int]:
+        """The numbers of visible tokens at the steps first..last-1, each once, as they come."""
+        found: dict[int, None] = {}
+        for start in range(first, last, _CHUNK):
+            ratio = self.ratio(np.arange(start, min(start + _CHUNK, last)), steps)
+            keeps = self.keeps(ratio, tokens)
+            at = np.unique(keeps, return_index=True)[1]
+            found |= dict.fromkeys(keeps[np.sort(at)].tolist())
+        return list(found)
 
 
 def _squared_cosine(done: Float64[np.ndarray, "..."]) -> Float64[np.ndarray, "..."]:

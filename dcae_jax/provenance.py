@@ -107,13 +107,18 @@ def check(
     old = read(workdir)
     if old is None:
         return
-    changes = config_lib.diff(old["config"], config_lib.to_json(cfg))
+    changes = _changes(old, cfg)
     if "data" in old and old["data"] != data:
         changes["data.(records)"] = (old["data"], data)
     _refuse_identity(workdir, changes, force)
     for path, (before, after) in changes.items():
         note = "" if re.fullmatch(CADENCE, path) else "  (changes the numbers from here on)"
         say(f"config changed since the last start: {path}: {before} -> {after}{note}")
+
+
+def _changes(old: dict[str, Any], cfg: RunConfig) -> dict[str, tuple[JSONValue, JSONValue]]:
+    """What differs from an older record's config; fields that it did not have had their default."""
+    return config_lib.diff(config_lib.completed(old["config"]), config_lib.to_json(cfg))
 
 
 def write(workdir: epath.Path, cfg: RunConfig, data: str, more: dict[str, JSONValue]) -> None:
@@ -146,7 +151,7 @@ def is_finished(workdir: epath.Path, cfg: RunConfig, force: bool) -> bool:
     old, summary = read(workdir), _read_json(workdir / "summary.json")
     if old is None or summary is None:
         return False
-    _refuse_identity(workdir, config_lib.diff(old["config"], config_lib.to_json(cfg)), force)
+    _refuse_identity(workdir, _changes(old, cfg), force)
     return summary["steps"] >= cfg.steps
 
 

@@ -136,9 +136,10 @@ def _update(
     name = objective.name
     grad, metrics = objective.combine(grads, state.step)
     trainable, _ = tree.partition(state.params, objective.trainable)
-    updates, opt = optim.make(objective.optim, trainable).update(grad, state.opt[name], trainable)
     rate = optim.learning_rate(objective.optim, cfg.steps, state.step)
-    updates = jax.tree.map(lambda u: -rate * u, updates)
+    updates, opt = optim.make(objective.optim, trainable).update(
+        grad, state.opt[name], trainable, learning_rate=rate
+    )
     metrics |= {
         f"{name}/lr": rate,
         f"{name}/grad_norm": optax.tree.norm(grad),

@@ -7,7 +7,15 @@ import pytest
 import tiny
 
 from dcae_jax import config
-from dcae_jax.config import GroupConfig, InitWeights, MeshConfig, NonFinite, Schedule
+from dcae_jax.config import (
+    GroupConfig,
+    InitWeights,
+    MeshConfig,
+    NonFinite,
+    OptimConfig,
+    Optimizer,
+    Schedule,
+)
 from dcae_jax.errors import UserError
 from dcae_jax.models.dcae import Remat
 from dcae_jax.tasks.autoencode import Phase
@@ -88,12 +96,14 @@ def test_json_keeps_every_type():
     cfg = tiny.run(Phase.low_res_local)
     cfg.nonfinite, cfg.init_weights = NonFinite.skip, InitWeights.params
     cfg.optim.schedule, cfg.task.model.remat = Schedule.linear, Remat.stage
+    cfg.optim.optimizer, cfg.optim.milestones = Optimizer.adan, ((0.5, 0.5), (0.75, 0.25))
     cfg.task.model.encoder.remat = (Remat.none, Remat.block, Remat.stage)
     text = config.dumps(cfg)
     again = config.from_json(json.loads(text))
     assert again == cfg and config.dumps(again) == text
     assert again.task.model.encoder.remat == (Remat.none, Remat.block, Remat.stage)
     assert type(again.ema.decays) is tuple and type(again.optim.groups) is list
+    assert all(type(pair) is tuple for pair in again.optim.milestones)
 
 
 def test_json_of_another_version_is_refused_by_name():
@@ -105,6 +115,36 @@ def test_json_of_another_version_is_refused_by_name():
         config.from_json({"class": "dcae_jax.config:Gone"})
     with pytest.raises(UserError, match="not one of dcae_jax"):
         config.from_json({"class": "os:system"})
+
+
+def test_json_of_an_older_version_gets_the_defaults_of_newer_fields():
+    cfg = tiny.run()
+    tree = config.to_json(cfg)
+    del tree["optim"]["optimizer"], tree["optim"]["milestones"], tree["seed"]
+    assert config.from_json(tree) == cfg
+    assert config.diff(config.completed(tree), cfg) == {}
+    tree["optim"]["momentum"] = 0.9
+    assert config.completed(tree) is tree, "what this version cannot read is shown as it is"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"optimizer": Optimizer.adan}, "set beta1=0.98, beta2=0.92, beta3=0.99"),
+        ({"beta3": 1.0}, "optim.beta3 = 1.0 is not in [0, 1)"),
+        ({"milestones": (0.5, 0.5)}, "each is a pair (share of the steps, factor on the rate)"),
+        ({"milestones": ((0.5, 0.5), (0.5, 0.1))}, "at 0.5, 0.5 of the steps"),
+        ({"milestones": ((1.0, 0.5),)}, "shares are between 0 and 1"),
+        ({"milestones": ((0.5, -1.0),)}, "factors on the rate are >= 0"),
+    ],
+)
+def test_problems_of_the_optimizer(changes, message):
+    cfg = tiny.run()
+    for name, value in changes.items():
+        setattr(cfg.optim, name, value)
+    (only,) = problems(cfg)
+    assert message in only
+    assert OptimConfig(Optimizer.adan, beta1=0.98, beta2=0.92).problems() == []
 
 
 def test_flatten_and_diff():

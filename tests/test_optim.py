@@ -5,10 +5,11 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from dcae_jax import optim, tree
-from dcae_jax.config import GroupConfig, OptimConfig, Schedule
+from dcae_jax.config import GroupConfig, OptimConfig, Optimizer, Schedule
 
 STEPS = 110
 # One float32 rounding of each of the few operations that make up a rate.
@@ -40,6 +41,14 @@ def rate(step, **fields):
             {"start_step": 50, "warmup_steps": 10, "schedule": Schedule.linear},
             {0: 0.0, 49: 0.0, 50: 2e-4, 59: 2e-3, 85: 1e-3, 110: 0.0},
         ),
+        # Milestones at steps 55 and 99 (0.9 * 110) of 110; each factor replaces the one before.
+        ({"milestones": ((0.5, 0.5), (0.9, 0.1))},
+         {0: 2e-3, 54: 2e-3, 55: 1e-3, 98: 1e-3, 99: 2e-4, 109: 2e-4}),
+        # Of all steps, a late start or not, and on top of the schedule.
+        (
+            {"start_step": 10, "schedule": Schedule.linear, "milestones": ((0.5, 0.5),)},
+            {54: 2e-3 * 0.56, 55: 1e-3 * 0.55, 109: 1e-3 * 0.01},
+        ),
     ],
 )  # fmt: skip
 def test_learning_rate_at_chosen_steps(fields, expected):
@@ -47,10 +56,18 @@ def test_learning_rate_at_chosen_steps(fields, expected):
         assert rate(step, **fields) == pytest.approx(value, rel=RATE, abs=1e-12), step
 
 
+def test_a_milestone_falls_on_the_step_that_its_share_names():
+    # As products of floats 0.07 * 100 and 0.55 * 100 lie a little above 7 and 55.
+    assert [optim.first_step(s, 100) for s in (0.07, 0.55, 0.85)] == [7, 55, 85]
+    assert optim.first_step(0.5, 7) == 4  # 3.5: the first step behind it
+
+
 def test_learning_rate_is_the_same_traced():
-    cfg = OptimConfig(lr=1e-3, warmup_steps=7, schedule=Schedule.cosine)
+    cfg = OptimConfig(
+        lr=1e-3, warmup_steps=7, schedule=Schedule.cosine, milestones=((0.5, 0.3),)
+    )  # fmt: skip
     traced = jax.jit(lambda k: optim.learning_rate(cfg, STEPS, k))
-    for step in (0, 6, 7, 50, 109):
+    for step in (0, 6, 7, 50, 55, 109):
         assert float(traced(step)) == pytest.approx(
             float(optim.learning_rate(cfg, STEPS, step)), rel=RATE
         )
@@ -113,6 +130,20 @@ def test_six_steps_of_adamw_against_numpy(clip, decay):
     cfg = OptimConfig(
         lr=lr, beta1=0.8, beta2=0.95, eps=1e-3, weight_decay=decay, clip_norm=clip, groups=GROUPS
     )
+    expected = numpy_adamw(
+        steps, scale, lr=lr, b1=0.8, b2=0.95, eps=1e-3, decay=decay, clip=clip,
+        multipliers=MULTIPLIERS,
+    )  # fmt: skip
+    for path, found in tree.flatten(trained(cfg, steps, scale)).items():
+        # float32 against float64: a few roundings of 6e-8 in each of six steps.
+        np.testing.assert_allclose(found, expected[path], rtol=3e-6, atol=1e-6, err_msg=path)
+
+
+MULTIPLIERS = {"ae/conv/bias": (2.0, 0.0), "ae/conv/kernel": (0.5, 1.0), "ae/head/kernel": (1, 1)}
+
+
+def trained(cfg, steps, scale):
+    """`params` after so many steps on `gradients`."""
     current = jax.tree.map(jnp.asarray, params())
     tx = optim.make(cfg, current)
     state = tx.init(current)
@@ -120,17 +151,79 @@ def test_six_steps_of_adamw_against_numpy(clip, decay):
         grads = tree.unflatten(
             {k: jnp.asarray(g, jnp.float32) for k, g in gradients(t, scale).items()}
         )
-        updates, state = tx.update(grads, state, current)
         rate = optim.learning_rate(cfg, steps, t - 1)
-        current = jax.tree.map(lambda p, u, r=rate: p - r * u, current, updates)
-    expected = numpy_adamw(
-        steps, scale, lr=lr, b1=0.8, b2=0.95, eps=1e-3, decay=decay, clip=clip,
-        multipliers={"ae/conv/bias": (2.0, 0.0), "ae/conv/kernel": (0.5, 1.0),
-                     "ae/head/kernel": (1.0, 1.0)},
+        updates, state = tx.update(grads, state, current, learning_rate=rate)
+        current = optax.apply_updates(current, updates)
+    return current
+
+
+def numpy_adan(steps, scale, *, lr, b1, b2, b3, eps, decay, clip, multipliers):
+    """Xie et al.'s Adan (arXiv 2208.06677) as its authors run it, in float64: proximal decay."""
+    p = {k: x.astype(np.float64) for k, x in tree.flatten(params()).items()}
+    m, v, n = ({k: np.zeros_like(x) for k, x in p.items()} for _ in range(3))
+    last = {}
+    for t in range(1, steps + 1):
+        grads = gradients(t, scale)
+        norm = math.sqrt(sum((g**2).sum() for g in grads.values()))
+        shrink = min(1.0, clip / (norm + eps)) if clip else 1.0
+        for k, g in grads.items():
+            g = g * shrink
+            d = g - last.get(k, g)
+            last[k] = g
+            m[k] += (1 - b1) * (g - m[k])
+            v[k] += (1 - b2) * (d - v[k])
+            n[k] += (1 - b3) * ((g + b2 * d) ** 2 - n[k])
+            top = m[k] / (1 - b1**t) + b2 * v[k] / (1 - b2**t)
+            step = top / (np.sqrt(n[k]) / np.sqrt(1 - b3**t) + eps)
+            rate, weight = lr * multipliers[k][0], decay * multipliers[k][1]
+            p[k] = (p[k] - rate * step) / (1 + rate * weight)
+    return p
+
+
+ADAN = dict(beta1=0.98, beta2=0.92, beta3=0.99)
+
+
+@pytest.mark.parametrize(("clip", "decay"), [(0.0, 0.0), (0.7, 5.0)])
+def test_six_steps_of_adan_against_numpy(clip, decay):
+    lr, scale, steps = 0.05, 0.4, 6
+    cfg = OptimConfig(
+        Optimizer.adan, lr=lr, **ADAN, eps=1e-8, weight_decay=decay, clip_norm=clip, groups=GROUPS
+    )
+    expected = numpy_adan(
+        steps, scale, lr=lr, b1=0.98, b2=0.92, b3=0.99, eps=1e-8, decay=decay, clip=clip,
+        multipliers=MULTIPLIERS,
     )  # fmt: skip
-    for path, found in tree.flatten(current).items():
-        # float32 against float64: a few roundings of 6e-8 in each of six steps.
-        np.testing.assert_allclose(found, expected[path], rtol=3e-6, atol=1e-6, err_msg=path)
+    for path, found in tree.flatten(trained(cfg, steps, scale)).items():
+        # float32 against float64: 1 - 0.99**t of the correction has lost 2 of its 7 digits; the
+        # eps of the original's clipping (1e-8 of a norm of 1.8) lies below that.
+        np.testing.assert_allclose(found, expected[path], rtol=3e-5, atol=3e-6, err_msg=path)
+
+
+def test_adan_takes_the_steps_of_the_paper_and_not_those_of_optax():
+    """Gradients 1, 0.4, -0.3: steps by hand in numbers, and those of optax 0.2.8."""
+
+    def steps(tx):
+        state, found = tx.init(jnp.zeros(())), []
+        for g in (1.0, 0.4, -0.3):
+            update, state = tx.update(jnp.float32(g), state, jnp.zeros(()))
+            found.append(float(update))
+        return found
+
+    ours = steps(optim.scale_by_adan(0.98, 0.92, 0.99, 1e-8))
+    assert ours == pytest.approx([1.0, 0.574, -0.073], abs=5e-4)  # given to three digits
+    theirs = steps(optax.scale_by_adan(b1=0.98, b2=0.92, b3=0.99, eps=1e-8))
+    assert theirs == pytest.approx([1.0, 0.898, 0.500], abs=5e-4)
+
+
+def test_the_state_of_adamw_is_that_of_older_checkpoints():
+    """Names of its leaves: a checkpoint is restored by them."""
+    state = optim.make(OptimConfig(), params()).init(params())
+    names = [
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for path, _ in jax.tree_util.tree_flatten_with_path(state)[0]
+    ]
+    moments = [f"1/{m}/{path}" for m in ("mu", "nu") for path in tree.flatten(params())]
+    assert sorted(names) == sorted(["1/count", *moments])
 
 
 def test_optimizer_state_exists_for_the_trainable_partition_only():

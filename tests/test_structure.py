@@ -140,7 +140,7 @@ def test_promise_9_who_may_import_what():
         if "train" in inner:
             assert name == "inspect" or name.split(".")[0] in ("cli", "studies"), name
         if name.split(".")[0] in ("models", "nets"):
-            known = ("models", "nets", "errors", "config", "sharding", "tree", "rng")
+            known = ("models", "nets", "errors", "config", "sharding", "tree", "rng", "masking")
             assert {n.split(".")[0] for n in inner} <= set(known), (name, inner)
         if name.split(".")[0] == "data":
             assert {n.split(".")[0] for n in inner} <= {"data", "errors", "config"}, (name, inner)

@@ -1,11 +1,14 @@
-"""What evaluators share: their report, and which weights they look at."""
+"""What evaluators share: their report, which weights they look at, and on which data."""
 
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import UInt8
 
-from dcae_jax.config import EmaConfig, InitWeights
+from dcae_jax.config import EmaConfig, InitWeights, RunConfig
+from dcae_jax.data.latents import LatentDataConfig
+from dcae_jax.errors import UserError
+from dcae_jax.online import OnlineDataConfig
 from dcae_jax.step import TrainState, ema_name
 from dcae_jax.tasks.base import Variables
 from dcae_jax.tree import Tree
@@ -52,3 +55,28 @@ def below(cfg: Cadence, **least: int) -> list[str]:
         f"evals: {name} = {value} of {cfg.name}; at least {least[name]}"
         for name, value in values.items() if value < least[name]
     ]  # fmt: skip
+
+
+def take_data(data: Any, run: RunConfig) -> str:
+    """Gives an evaluator's data the cache or autoencoder of the run unless it has its own.
+
+    Returns the name of their split.
+    """
+    name = {LatentDataConfig: "path", OnlineDataConfig: "autoencoder"}.get(type(data))
+    if name and type(run.data) is type(data):
+        setattr(data, name, getattr(data, name) or getattr(run.data, name))
+    if name and isinstance(run.data, LatentDataConfig | OnlineDataConfig):
+        data.shape = run.data.shape  # else the task says what is wrong
+    return data.images.split if isinstance(data, OnlineDataConfig) else data.split
+
+
+def check_encoder(run: RunConfig, name: str, data: Any) -> None:
+    """UserError if an evaluator's latents are of another encoder than those of the run."""
+    if not all(isinstance(d, LatentDataConfig | OnlineDataConfig) for d in (run.data, data)):
+        return
+    mine, other = (d.manifest().encoder for d in (run.data, data))
+    if mine and other and mine != other:  # "": not known of imported weights
+        raise UserError(
+            f"evals: {name}: its latents are of encoder {other[:16]}, those of the "
+            f"run of {mine[:16]}; name a cache, or an autoencoder, with the same encoder"
+        )

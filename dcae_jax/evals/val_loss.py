@@ -14,8 +14,7 @@ from dcae_jax.config import InitWeights, RunConfig
 from dcae_jax.data import pipeline
 from dcae_jax.data.latents import LatentDataConfig
 from dcae_jax.diffusion import samplers
-from dcae_jax.errors import UserError
-from dcae_jax.evals.base import Report, below, is_due, variables_of
+from dcae_jax.evals.base import Report, below, check_encoder, is_due, take_data, variables_of
 from dcae_jax.online import OnlineDataConfig
 from dcae_jax.step import TrainState
 from dcae_jax.tasks.base import Batch, Task, Variables
@@ -44,14 +43,7 @@ class ValLossConfig:
 
     def resolve(self, run: RunConfig) -> None:
         """Takes the run's cache or autoencoder unless another is named; names the evaluator."""
-        cached = isinstance(self.data, LatentDataConfig)
-        split = self.data.split if cached else self.data.images.split
-        self.name = self.name or f"latents-{split}"
-        if type(run.data) is type(self.data):
-            name = "path" if cached else "autoencoder"
-            setattr(self.data, name, getattr(self.data, name) or getattr(run.data, name))
-        if isinstance(run.data, (LatentDataConfig, OnlineDataConfig)):
-            self.data.shape = run.data.shape  # else the task says what is wrong
+        self.name = self.name or f"latents-{take_data(self.data, run)}"
 
     def problems(self) -> list[str]:
         """All problems of these values, each with its mend."""
@@ -85,22 +77,13 @@ class ValLoss:
 
     def __init__(self, cfg: ValLossConfig, run: RunConfig, task: DiffuseTask, mesh: Mesh):
         self.cfg, self._run, self._task, self._mesh = cfg, run, task, mesh
-        self._check_encoder()
+        check_encoder(run, cfg.name, cfg.data)
         rows = mesh.shape["data"] * mesh.shape["fsdp"]
         self._batch = -(-cfg.batch // rows) * rows
         self._key = rng.key(run.seed, 0, "validation")
         edges = jnp.linspace(0.0, 1.0, cfg.bins + 1)
         self._edges = np.asarray(task.process.share(edges))  # of the bins, as shares
         self._score = jax.jit(self._sums, out_shardings=sharding.replicated(mesh))
-
-    def _check_encoder(self) -> None:
-        """UserError if the latents are of another encoder than those of the run."""
-        mine, other = (data.manifest().encoder for data in (self._run.data, self.cfg.data))
-        if mine and other and mine != other:  # "": not known of imported weights
-            raise UserError(
-                f"evals: {self.cfg.name}: its latents are of encoder {other[:16]}, those of the "
-                f"run of {mine[:16]}; name a cache, or an autoencoder, with the same encoder"
-            )
 
     def baselines(self) -> dict[str, dict[str, float]]:
         """There are none."""

@@ -73,13 +73,25 @@ def facts(found: Sequence[Phase]) -> list[tuple[str, str]]:
 
 
 def _model(task: dict[str, Any]) -> str:
-    model, process = task["model"], task["process"]
+    model = task["model"]
     name = model["class"].rsplit(":", 1)[-1].removesuffix("Config")
     return (
-        f"{name}, depth {model['depth']}, width {model['width']}; process {process['kind']}, "
-        f"predicts {process['predict']}, times {process['times']}, shift {process['shift']:g}; "
+        f"{name}, depth {model['depth']}, width {model['width']}; {_objective(task)}; "
         f"latents normalised by {task['latent_norm']}"
     )
+
+
+def _objective(task: dict[str, Any]) -> str:
+    """What it is trained for: diffusion, or the tokens that a schedule masks."""
+    if "process" in task:
+        process = task["process"]
+        return (
+            f"process {process['kind']}, predicts {process['predict']}, times {process['times']}, "
+            f"shift {process['shift']:g}"
+        )
+    mask = task["mask"]
+    what = "whitened" if task["norm_target"] else "masked"
+    return f"predicts {what} tokens, mask {mask['kind']} up to {mask['end']:.0%}".replace("%", " %")
 
 
 def _cache(manifest: dict[str, Any]) -> str:

@@ -114,3 +114,23 @@ class Task(Protocol):
     def warnings(self, metrics: dict[str, float]) -> list[str]:
         """Sentences about training dynamics that a user should know, from one metrics row."""
         ...
+
+
+@runtime_checkable
+class Fills(Protocol):
+    """A task whose network says what masked tokens of a latent are."""
+
+    def grid(self) -> tuple[int, int]:
+        """(rows, columns) of tokens."""
+        ...
+
+    def fill(
+        self, variables: Variables, x: Float[Array, "b h w c"], order: Int[Array, "b n"],
+        keep: int, label: Int[Array, " b"],
+    ) -> Float[Array, "b h w c"]:  # fmt: skip
+        """Normalised latents with all but the first `keep` tokens of `order` filled in.
+
+        The network sees those tokens of `x`, clean, and nothing else of it; they are returned as
+        they came.  UserError where what it predicts cannot be decoded.
+        """
+        ...

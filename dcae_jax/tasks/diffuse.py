@@ -22,23 +22,16 @@ from dcae_jax.models.dit import DiTConfig
 from dcae_jax.models.uvit import UViTConfig
 from dcae_jax.tasks.base import Batch, Inputs, Loss, Objective, Variables
 from dcae_jax.tasks.latents import (
-    Encodes,
     LatentInputs,
     LatentNorm,
     Latents,
     LatentStats,
     data_problems,
     expect_shape,
+    reader_problems,
+    spatial_problems,
 )
 from dcae_jax.tree import Tree
-
-
-@runtime_checkable
-class Reads(Protocol):
-    """An evaluator with data of its own."""
-
-    name: str
-    data: Any
 
 
 @runtime_checkable
@@ -90,21 +83,10 @@ class DiffuseConfig:
 
     def run_problems(self, run: RunConfig) -> list[str]:
         """Problems that this task sees in the whole run."""
-        found = data_problems(run)
+        found = data_problems(run) + reader_problems(run) + spatial_problems(run)
         for e in run.evals:
-            online = isinstance(run.data, Encodes)
-            if isinstance(e, Reads) and isinstance(e.data, Encodes) and not online:
-                found.append(
-                    f"evals: {e.name}: its images need the autoencoder of the run, which trains on "
-                    "a cache; give it LatentDataConfig(split=...), or train on OnlineDataConfig"
-                )
             if isinstance(e, Draws):
                 found += [f"evals: {e.name}: {p}" for p in self._drawing_problems(e)]
-        if run.mesh.spatial > 1:
-            found.append(
-                f"mesh.spatial = {run.mesh.spatial}: attention kernels refuse a sharded sequence; "
-                "use mesh.data and mesh.fsdp for transformers"
-            )
         return found
 
     def _drawing_problems(self, e: Draws) -> list[str]:

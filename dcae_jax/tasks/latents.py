@@ -1,4 +1,7 @@
-"""The latents that a task trains on, cached or encoded in the step, and their normalisation."""
+"""The latents that a task trains on, cached or encoded in the step, and their normalisation.
+
+For the baseline on pixels, images stand in for latents.
+"""
 
 import enum
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -14,6 +17,8 @@ from dcae_jax.tree import Tree
 
 Latents = Float[Array, "b h w c"]
 RMS_RANGE = (0.7, 1.4)  # of normalised latents; outside the scale is probably another model's
+# Of the channels of ImageNet's images in [0, 1].
+PIXEL_MEAN, PIXEL_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @runtime_checkable
@@ -54,6 +59,14 @@ class Encodes(Protocol):
     def encode(self, variables: Tree, image: Array) -> tuple[Latents, Latents | None]:
         """(mean, log variance or None); no gradient flows back."""
         ...
+
+
+@runtime_checkable
+class Reads(Protocol):
+    """An evaluator with data of its own."""
+
+    name: str
+    data: Any
 
 
 class LatentNorm(enum.Enum):
@@ -112,6 +125,10 @@ class LatentInputs:
             return [f"each example: {pixels} px, encoded in the step to {latent}"]
         return [f"each example: a latent {latent}"]
 
+    def record(self) -> dict[str, Any]:
+        """The manifest, for checkpoints."""
+        return {"latents": self.manifest().to_json()}
+
     def examples(self, key: PRNGKeyArray, batch: Batch) -> Batch:
         """What `read` needs of a batch, with the draws of latents that are Gaussians."""
         found = {k: batch[k] for k in ("latent", "logvar", "image") if k in batch}
@@ -145,6 +162,81 @@ class LatentInputs:
             f"the RMS of the normalised latents is {rms:.3g}, far from 1: the scaling factor is "
             f"not that of these latents; {mend}"
         ]
+
+
+class PixelInputs:
+    """The images of a run in the place of latents: what a masked autoencoder of pixels sees.
+
+    Constants: ImageNet's mean and deviation of each channel, which bring [0, 1] to unit size.
+    """
+
+    def __init__(self, shape: tuple[int, int, int]):
+        """`shape`: (h, w, 3) of an image."""
+        self._shape = shape
+
+    def constants(self) -> Tree:
+        """{"norm"}."""
+        mean, std = (jnp.asarray(v, jnp.float32) for v in (PIXEL_MEAN, PIXEL_STD))
+        return {"norm": Normalisation(mean, 1.0 / std)}
+
+    def abstract_constants(self) -> Tree:
+        """Shapes of `constants`."""
+        return jax.eval_shape(self.constants)
+
+    def shapes(self) -> list[str]:
+        """What enters a step, for --dry_run."""
+        return [f"each example: an image {' x '.join(str(n) for n in self._shape)}"]
+
+    def record(self) -> dict[str, Any]:
+        """Nothing: there is no cache and no autoencoder."""
+        return {}
+
+    def examples(self, key: PRNGKeyArray, batch: Batch) -> Batch:
+        """The images; nothing is drawn."""
+        return {"image": batch["image"]}
+
+    def read(self, variables: Variables, batch: Batch) -> Latents:
+        """Images in [0, 1]."""
+        return batch["image"].astype(jnp.float32) / 255.0
+
+    def warnings(self, metrics: dict[str, float]) -> list[str]:
+        """None: dark images are no mistake."""
+        return []
+
+
+def inputs_of(
+    run: RunConfig, kind: LatentNorm, shape: tuple[int, int, int]
+) -> LatentInputs | PixelInputs:
+    """What a run trains on: its latents, or its images where no autoencoder encodes them."""
+    return PixelInputs(shape) if are_pixels(run.data) else LatentInputs(run, kind, shape)
+
+
+def are_pixels(data: Any) -> bool:
+    """Whether data are images, and nothing makes latents of them."""
+    if data is None or isinstance(data, Encodes):
+        return False
+    return "image" in data.abstract_batch(1)
+
+
+def reader_problems(run: RunConfig) -> list[str]:
+    """Evaluators whose images would need the autoencoder that a run on a cache has not."""
+    return [
+        f"evals: {e.name}: its images need the autoencoder of the run, which trains on a cache; "
+        "give it LatentDataConfig(split=...), or train on OnlineDataConfig"
+        for e in run.evals
+        if isinstance(e, Reads) and isinstance(e.data, Encodes)
+        and not isinstance(run.data, Encodes)
+    ]  # fmt: skip
+
+
+def spatial_problems(run: RunConfig) -> list[str]:
+    """A mesh that would split the tokens of a transformer."""
+    if run.mesh.spatial == 1:
+        return []
+    return [
+        f"mesh.spatial = {run.mesh.spatial}: attention kernels refuse a sharded sequence; "
+        "use mesh.data and mesh.fsdp for transformers"
+    ]
 
 
 def expect_shape(run: RunConfig, shape: tuple[int, int, int]) -> None:
