@@ -514,8 +514,11 @@ def test_ancestral_sampling_from_the_middle_walks_the_times_that_are_left():
     np.testing.assert_allclose(half.times(5), [*((i + 1) / 1000 for i in indices), 0], rtol=1e-6)
 
 
-@pytest.mark.parametrize(("cfg", "t"), [(HeunConfig(), 0.0), (HeunConfig(), 1.1),
-                                        (DPM2MConfig(end=0.3), 0.2), (AncestralConfig(), 1e-4)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("cfg", "t"),
+    [(HeunConfig(), 0.0), (HeunConfig(), 1.1), (DPM2MConfig(end=0.3), 0.2),
+     (AncestralConfig(), 1e-4)],
+)  # fmt: skip
 def test_impossible_starts_are_refused(cfg, t):
     kind = Kind.ddpm if isinstance(cfg, AncestralConfig) else Kind.flow
     with pytest.raises(UserError, match="it must lie above"):
