@@ -8,7 +8,7 @@ whose results are kept, one in the middle, depth / 2 blocks that each join one o
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -108,6 +108,16 @@ class Block(nn.Module):
         return x + MLP(o, name="mlp")(LayerNorm(name="norm2")(x))
 
 
+class Stacks(NamedTuple):
+    """The blocks of a UViT."""
+
+    layer: Layer  # one of a stack
+    alone: Layer  # the one in the middle
+    into: Tree  # stacked parameters
+    middle: Tree
+    out: Tree
+
+
 class UViT(nn.Module):
     """Noisy latent, network time and label -> eps or velocity."""
 
@@ -125,14 +135,11 @@ class UViT(nn.Module):
         """
         cfg, dtype = self.cfg, Dtype(self.cfg.dtype)
         check_hidden(return_hidden, cfg.layers)
-        rows, columns = self._grid(x)
+        grid = self._grid(x)
         tokens = constrain(self._embed(x, time, cond))
         y, hidden = self._blocks(tokens, return_hidden)
         y = LayerNorm(name="norm")(y[:, EXTRA_TOKENS:])
-        head = Dense(
-            cfg.patch**2 * cfg.in_channels, nn.initializers.normal(STDDEV), dtype=dtype, name="head"
-        )
-        y = unpatchify(head(y, cfg.patch**2 * x.shape[-1]), rows, columns, cfg.patch)
+        y = unpatchify(self._head("head", y, x.shape[-1]), *grid, cfg.patch)
         if cfg.final_conv:
             options = BlockOptions(dtype=dtype, conv_dtype=dtype)
             y = Conv(cfg.in_channels, options=options, name="final_conv")(y)
@@ -162,8 +169,15 @@ class UViT(nn.Module):
         positions = self.param("pos_embed", init, tokens.shape[1:], jnp.float32)
         return tokens + positions.astype(dtype.value)
 
-    def _blocks(self, x: Hidden, return_hidden: int | None) -> tuple[Hidden, Hidden]:
-        """(after the last block, after block `return_hidden` or anything)."""
+    def _head(self, name: str, y: Hidden, channels: int) -> Float[Array, "b n p"]:
+        """The last layer, for the first `channels` of a latent; in `dtype`."""
+        cfg = self.cfg
+        init, dtype = nn.initializers.normal(STDDEV), Dtype(cfg.dtype)
+        head = Dense(cfg.patch**2 * cfg.in_channels, init, dtype=dtype, name=name)
+        return head(y, cfg.patch**2 * channels)
+
+    def _stacks(self) -> Stacks:
+        """Declares the blocks."""
         cfg = self.cfg
         half = cfg.depth // 2
         block = Block(cfg.options(), parent=None)
@@ -173,9 +187,15 @@ class UViT(nn.Module):
         out = stacked_params(self, "out_blocks", block, half, sample, sample)
         into, out = (cast_kernels(p, Dtype(cfg.dtype)) for p in (into, out))
         layer = with_remat(_layer(block), Remat(cfg.remat), cfg.scan)
-
-        x, skips = run_layers(layer, into, x, scan=cfg.scan, keep=True)
         alone = with_remat(_layer(block), Remat(cfg.remat), scan=False)
+        return Stacks(layer, alone, into, middle, out)
+
+    def _blocks(self, x: Hidden, return_hidden: int | None) -> tuple[Hidden, Hidden]:
+        """(after the last block, after block `return_hidden` or anything)."""
+        cfg = self.cfg
+        half = cfg.depth // 2
+        layer, alone, into, middle, out = self._stacks()
+        x, skips = run_layers(layer, into, x, scan=cfg.scan, keep=True)
         x = hidden = alone(middle, x, None)
         skips = skips[::-1]
         if return_hidden is None or return_hidden == half + 1:

@@ -60,13 +60,17 @@ class DiffuseConfig:
         ]  # fmt: skip
         if why := regex_problem(self.trainable):
             found.append(f"task.trainable = {self.trainable!r} is no regular expression: {why}")
-        variance = self.model.out_factor == 2
-        if variance != self.process.learn_variance:
-            found.append(
-                f"task.model gives {'a' if variance else 'no'} variance, but "
-                f"task.process.learn_variance = {self.process.learn_variance}; set both or none"
-            )
+        found += self._variance_problems()
         return found
+
+    def _variance_problems(self) -> list[str]:
+        variance = self.model.out_factor == 2
+        if variance == self.process.learn_variance:
+            return []
+        return [
+            f"task.model gives {'a' if variance else 'no'} variance, but "
+            f"task.process.learn_variance = {self.process.learn_variance}; set both or none"
+        ]
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
