@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import logging as stdlib_logging
+import re
 import shutil
 from collections.abc import Set
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from etils import epath
 from jaxtyping import Array, UInt32
 from orbax.checkpoint import checkpoint_managers as policies
 
-from dcae_jax import distributed
+from dcae_jax import distributed, tree
 from dcae_jax.config import CheckpointConfig, JSONValue
 from dcae_jax.errors import UserError
 from dcae_jax.step import TrainState, ema_name
@@ -247,17 +248,20 @@ class Weights:
     meta: Meta
 
 
-def load_weights(source: str, targets: dict[str, Tree], prefer_ema: bool) -> Weights:
+def load_weights(
+    source: str, targets: dict[str, Tree], prefer_ema: bool, new: str = ""
+) -> Weights:  # fmt: skip
     """The newest valid weights of a run's workdir (or of one step directory).
 
     `targets` are abstract `params` and `stats`.  Only what the other run has in common at the top
-    level (e.g. "ae" but not "disc") is read; within it the trees must agree.
+    level (e.g. "ae" but not "disc") is read; within it the trees must agree, but for parameters
+    whose path matches the regex `new`: where the other run lacks them they are left out.
     """
     folder, wanted = find_source(source)
     for step in wanted:
         try:
             meta = read_meta(folder, step)
-            return _read_weights(folder, step, meta, targets, prefer_ema)
+            return _read_weights(folder, step, meta, targets, prefer_ema, new)
         except DamagedCheckpoint as e:
             logging.warning("checkpoint %s of %s is damaged: %s", step, folder, e)
     raise UserError(f"no valid checkpoint in {folder} (tried steps {wanted})")
@@ -306,17 +310,21 @@ def workdir_of(source: str) -> epath.Path:
 
 
 def _read_weights(
-    folder: epath.Path, step: int, meta: Meta, targets: dict[str, Tree], prefer_ema: bool
+    folder: epath.Path, step: int, meta: Meta, targets: dict[str, Tree], prefer_ema: bool, new: str
 ) -> Weights:
     saved = meta["leaves"]
     decay = None
     if prefer_ema and "ema" in saved:
         decay = ema_name(meta["config"]["ema"]["decays"][0])  # the one that is evaluated
     parts = targets["params"].keys() & {p.split("/")[0] for p in saved["params"]}
-    inner = {name: {k: v for k, v in tree.items() if k in parts} for name, tree in targets.items()}
+    inner = {name: {k: v for k, v in t.items() if k in parts} for name, t in targets.items()}
+    inner["params"] = tree.unflatten({
+        path: leaf for path, leaf in tree.flatten(inner["params"]).items()
+        if path in saved["params"] or not re.fullmatch(new, path)
+    })  # fmt: skip
     whole = {"ema": {decay: inner}} if decay else inner
     _refuse(f"{folder / str(step)}", _part_problems(saved, whole, parts))
-    inner = {name: tree for name, tree in inner.items() if jax.tree.leaves(tree)}
+    inner = {name: t for name, t in inner.items() if jax.tree.leaves(t)}
     want = {"ema": {decay: inner}} if decay else inner
     found = _read_items(folder, step, meta, want)
     found = found["ema"][decay] if decay else found

@@ -104,6 +104,15 @@ def use_model(cfg: RunConfig, model: DCAEConfig | KLVAEConfig) -> RunConfig:
     return cfg
 
 
+def structured(cfg: RunConfig, counts: tuple[int, ...]) -> RunConfig:
+    """The run with the structured latents of DC-AE 1.5, and their PSNRs; returns `cfg`."""
+    cfg.task.channel_counts = counts
+    for evaluator in cfg.evals:
+        evaluator.channel_counts = counts
+    cfg.name += " structured"
+    return cfg
+
+
 def ldm_kl(model: AutoencoderConfig, weight: float = 1e-6) -> float:
     """LDM's `weight` (arXiv 2112.10752) as `LossConfig.kl`.
 

@@ -37,7 +37,7 @@ from dcae_jax.data.latents import LatentDataConfig
 from dcae_jax.errors import UserError
 from dcae_jax.report import flops, html, phases, progress, writers
 from dcae_jax.step import TrainState
-from dcae_jax.tasks.base import Task
+from dcae_jax.tasks.base import Extends, Task
 from dcae_jax.tree import Tree
 
 DONE, FAILED = 0, 1
@@ -291,7 +291,8 @@ def _weights(
     if cfg.init_from is None:
         say("weights: from scratch (no checkpoint in the workdir, init_from not set)")
         return state, shardings, {}
-    return _init_from(cfg, state, target, shardings), shardings, {}
+    new = task.new_params if isinstance(task, Extends) else ""
+    return _init_from(cfg, state, target, shardings, new), shardings, {}
 
 
 def _abstract(state: TrainState, cfg: RunConfig, mesh: Mesh) -> tuple[TrainState, TrainState]:
@@ -304,17 +305,23 @@ def _abstract(state: TrainState, cfg: RunConfig, mesh: Mesh) -> tuple[TrainState
 
 
 def _init_from(
-    cfg: RunConfig, state: TrainState, target: TrainState, shardings: TrainState
+    cfg: RunConfig, state: TrainState, target: TrainState, shardings: TrainState, new: str
 ) -> TrainState:
-    """The fresh state with another run's parameters; says what was taken and what was reset."""
+    """The fresh state with another run's parameters; says what was taken and what was reset.
+
+    new: regex of the parameters that the other run may lack.
+    """
     targets = {"params": target.params, "stats": target.stats}
     ema = cfg.init_weights is InitWeights.ema
-    found = checkpoint.load_weights(cfg.init_from, targets, prefer_ema=ema)
-    params, stats = {**state.params, **found.params}, {**state.stats, **found.stats}
+    found = checkpoint.load_weights(cfg.init_from, targets, prefer_ema=ema, new=new)
+    mine, taken = tree.flatten(state.params), tree.flatten(found.params)
+    params, stats = tree.unflatten({**mine, **taken}), {**state.stats, **found.stats}
     average = jax.jit(
         lambda p, s: step.fresh_ema(p, s, cfg.ema), out_shardings=shardings.ema
     )(params, stats)  # fmt: skip
-    fresh = sorted(state.params.keys() - found.params.keys())
+    fresh = dict.fromkeys(  # a part that is wholly new ("disc") by its name alone
+        p if p.split("/")[0] in found.params else p.split("/")[0] for p in mine if p not in taken
+    )
     say(f"weights: init_from {found.source}: {', '.join(sorted(found.params))}")
     say(f"  reset: step, optimizer, EMA{', ' + ', '.join(fresh) + ' (new)' if fresh else ''}")
     return state.replace(params=params, stats=stats, ema=average)

@@ -1,15 +1,19 @@
 """The Autoencode task: bottlenecks, running statistics, the adaptive weight, late starts."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import runs
 import tiny
 
-from dcae_jax import config, tree
+from dcae_jax import config, flags, tree
+from dcae_jax.evals.reconstruct import ReconstructConfig
 from dcae_jax.models.layers import BatchNormMode, Norm
-from dcae_jax.tasks.autoencode import Bottleneck, Moments, Phase
+from dcae_jax.tasks.autoencode import Bottleneck, Moments, Phase, first_channels
 from dcae_jax.tasks.base import Inputs, Variables
 
 
@@ -166,3 +170,121 @@ def test_a_phase_that_trains_a_part_refuses_to_train_everything():
     cfg.task.trainable = "ae/.*"
     with pytest.raises(config.UserError, match="as if everything trained"):
         config.validate(cfg)
+
+
+# ------------------------------------------------------------------------------ structured latents
+
+
+def structured(counts=(1, 2, 4), bottleneck=Bottleneck.none, phase=Phase.low_res_full, batch=16):
+    cfg = tiny.run(phase, batch=batch)
+    cfg.task.channel_counts, cfg.task.bottleneck = counts, bottleneck
+    config.validate(config.resolve(cfg))
+    return cfg
+
+
+def test_counts_of_channels_are_drawn_for_each_example_and_move_no_other_draw():
+    """The counts of a batch are those given, equally likely; the bottleneck's noise stays."""
+    image = {"image": jnp.zeros((3000, 4, 4, 3), jnp.uint8)}
+    plain, cut = (
+        cfg.task.build(cfg).prepare(jax.random.key(3), image, jnp.int32(0), ()).examples
+        for cfg in (structured((), Bottleneck.kl), structured(bottleneck=Bottleneck.kl))
+    )
+    assert cut.keys() - plain.keys() == {"channels"}
+    for name in plain:
+        np.testing.assert_array_equal(plain[name], cut[name])
+    values, times = np.unique(cut["channels"], return_counts=True)
+    assert values.tolist() == [1, 2, 4]
+    # 3000 draws of probability 1/3: a deviation of 26.
+    np.testing.assert_allclose(times, 1000, atol=110)
+
+
+def test_channels_beyond_the_prefix_are_not_decoded_and_get_no_gradient():
+    z = np.random.default_rng(0).normal(size=(3, 2, 2, 4)).astype(np.float32)
+    counts = jnp.asarray([1, 3, 4])
+
+    def loss(z):
+        return jnp.sum(jnp.sin(first_channels(z, counts)) * 2)
+
+    found, grad = first_channels(jnp.asarray(z), counts), jax.grad(loss)(jnp.asarray(z))
+    for i, n in enumerate((1, 3, 4)):
+        np.testing.assert_array_equal(found[i, ..., :n], z[i, ..., :n])
+        np.testing.assert_allclose(grad[i, ..., :n], 2 * np.cos(z[i, ..., :n]), rtol=1e-5)
+        assert not np.any(found[i, ..., n:]) and not np.any(grad[i, ..., n:])
+
+
+def test_only_examples_that_keep_a_channel_train_what_makes_it():
+    """The whole loss: columns of the encoder's output beyond the largest count get no gradient."""
+    trainer = tiny.Trainer(structured(batch=4), plainly=True)
+    batch = jax.tree.map(jnp.asarray, tiny.batch(trainer.cfg))
+    inputs = trainer.task.prepare(jax.random.key(0), batch, jnp.int32(0), ())
+    inputs.examples["channels"] = jnp.asarray([1, 2, 2, 1])
+
+    @jax.jit
+    def gradient(params):
+        def rec(params):
+            variables = Variables(params, {}, {})
+            return trainer.task.objectives[0].loss(variables, inputs, None).terms["rec"]
+
+        return jax.grad(rec)(params)
+
+    flat = tree.flatten(gradient(trainer.state.params))
+    kernel = np.abs(flat["ae/encoder/conv_out/kernel"]).max((0, 1, 2))
+    assert (kernel[:2] > 0).all() and not kernel[2:].any()
+    rows = np.abs(flat["ae/decoder/conv_in/kernel"]).max((0, 1, 3))
+    assert (rows[:2] > 0).all() and not rows[2:].any()
+
+
+def test_all_channels_kept_are_the_same_gradients_bit_by_bit():
+    found = [tiny.Trainer(structured(counts), plainly=True).grads() for counts in ((), (4,))]
+    jax.tree.map(np.testing.assert_array_equal, *found)
+
+
+@pytest.mark.parametrize(
+    ("phase", "bottleneck"),
+    [
+        (Phase.low_res_full, Bottleneck.kl),
+        pytest.param(Phase.low_res_local, Bottleneck.noise, marks=pytest.mark.slow),
+        pytest.param(Phase.high_res_latent, Bottleneck.none, marks=pytest.mark.slow),
+    ],
+)
+def test_structured_latents_agree_over_microbatches(phase, bottleneck):
+    found = []
+    for microbatches in (1, 4):
+        cfg = structured((1, 4), bottleneck, phase)
+        cfg.microbatches = microbatches
+        found.append(tiny.Trainer(cfg, plainly=True).grads())
+    for name in found[0][0]:
+        np.testing.assert_allclose(found[1][0][name], found[0][0][name], rtol=1e-5, err_msg=name)
+    for term, expected in found[0][1]["ae"].items():
+        assert tiny.error(found[1][1]["ae"][term], expected) <= 1e-5  # sums in another order
+
+
+def test_structured_latents_are_described_and_wrong_counts_refused():
+    cut, plain = ("\n".join(cfg.task.build(cfg).describe()) for cfg in (structured(), tiny.run()))
+    assert "structured latents: each example keeps its first 1, 2 or 4 of 4 channels" in cut
+    assert "structured" not in plain
+    for counts, told in (
+        ((0, 4), "from 1 to the latent's 4"), ((4, 5), "from 1 to the latent's 4"),
+        ((2, 2, 4), "different numbers"), ((1, 2), "never see the channels from 2 on; add 4"),
+    ):  # fmt: skip
+        with pytest.raises(config.UserError, match=told):
+            structured(counts)
+    cfg = structured()
+    cfg.evals = [ReconstructConfig(name="e", channel_counts=(2, 9))]
+    with pytest.raises(config.UserError, match=r"evals: e: channel_counts = \(2, 9\)"):
+        config.validate(cfg)
+
+
+@pytest.mark.parametrize("phase", ["phase1", "phase2", "phase3"])
+def test_the_structured_argument_changes_nothing_but_the_counts(phase):
+    path = runs.ROOT / "configs/dcae_f64c128.py"
+    plain, cut = (flags.load(f"{path}:{arg}") for arg in (phase, f"structured:{phase}"))
+    for cfg in (plain, cut):
+        cfg.init_from = "somewhere"
+        config.validate(config.resolve(cfg))
+    a, b = config.flatten(plain), config.flatten(cut)
+    changed = {k for k in a.keys() | b.keys() if a.get(k) != b.get(k)}
+    assert {re.sub(r"\[\d+\]$", "", k).rsplit(".")[-1] for k in changed} == {
+        "name", "channel_counts"
+    }  # fmt: skip
+    assert cut.task.channel_counts == cut.evals[1].channel_counts == (16, 32, 64, 128)

@@ -5,13 +5,12 @@ import copy
 import dataclasses
 import difflib
 import enum
-import hashlib
-import json
 import re
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dcae_jax.cli import _options
+from dcae_jax.cli import _trained
+from dcae_jax.cli._trained import Model, say, weights_record
 
 if TYPE_CHECKING:
     import jax
@@ -19,7 +18,6 @@ if TYPE_CHECKING:
     from etils import epath
 
     from dcae_jax.config import RunConfig
-    from dcae_jax.data.latents import Manifest
     from dcae_jax.diffusion.guidance import GuidanceConfig
     from dcae_jax.diffusion.process import ProcessConfig
     from dcae_jax.diffusion.samplers import SamplerConfig
@@ -29,17 +27,6 @@ if TYPE_CHECKING:
 
 _RANDOM = "random"
 _IN_TURN = "in turn"
-
-
-class Model(NamedTuple):
-    """A diffusion model, its weights not read yet."""
-
-    option: str  # what the user calls it: --from, --weak
-    source: str
-    ema: bool
-    meta: dict[str, Any]  # of its step
-    run: "RunConfig"
-    manifest: "Manifest"
 
 
 class Job(NamedTuple):
@@ -85,8 +72,8 @@ def job_of(args: argparse.Namespace) -> Job:
             f"--from {args.source} does not know the autoencoder of its latents: name it, "
             "--autoencoder DIR_OR_HUB_NAME"
         )
-    sampler, guide = _sampler(args, model), _guidance(args, model)
-    classes, order = _classes(args.classes, model)
+    sampler, guide = sampler_of(args, model), _guidance(args, model)
+    classes, order = classes_of(args.classes, model)
     labels = _labels(classes, order, args.n, seed)
     out = checkpoint.absolute(args.out)
     return Job(
@@ -96,28 +83,9 @@ def job_of(args: argparse.Namespace) -> Job:
 
 def _find(args: argparse.Namespace, option: str, source: str) -> Model:
     """The diffusion model at a workdir or step; UserError if it is something else."""
-    from dcae_jax import checkpoint, config
-    from dcae_jax.config import InitWeights
-    from dcae_jax.data.latents import Manifest
-    from dcae_jax.errors import UserError
-    from dcae_jax.models.layers import Dtype
     from dcae_jax.tasks.diffuse import DiffuseConfig
 
-    meta = checkpoint.source_meta(source, option)
-    run = config.from_json(meta["config"])
-    if not isinstance(run.task, DiffuseConfig):
-        raise UserError(
-            f"{option} {source} is a run of {type(run.task).__name__}, not of a diffusion model"
-        )
-    if "latents" not in meta:
-        raise UserError(
-            f"{option} {source} does not say which latents it was trained on (another version of "
-            "dcae_jax?): resume the run for a step, then it does"
-        )
-    if args.dtype:
-        run.task.model.dtype = Dtype(args.dtype)
-    ema = _options.weights(args) is InitWeights.ema
-    return Model(option, source, ema, meta, run, Manifest.from_json(meta["latents"]))
+    return _trained.find(args, option, source, (DiffuseConfig,), "a diffusion model")
 
 
 def _check_weak(model: Model, weak: Model) -> None:
@@ -163,20 +131,6 @@ def _norm(model: Model) -> "tuple[np.ndarray, np.ndarray]":
     return np.asarray(found.shift), np.asarray(found.scale)
 
 
-def weights_record(model: Model) -> dict[str, Any]:
-    """Which weights these are, from the step's own record of its leaves: kind, step, a digest."""
-    from dcae_jax.step import ema_name
-
-    saved = model.meta["leaves"]
-    item, prefix, kind = "params", "", "raw"
-    if model.ema and "ema" in saved:
-        kind = ema_name(model.meta["config"]["ema"]["decays"][0])
-        item, prefix, kind = "ema", f"{kind}/params/", f"ema {kind}"
-    rows = {p.removeprefix(prefix): row for p, row in saved[item].items() if p.startswith(prefix)}
-    digest = hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
-    return {"kind": kind, "step": model.meta["step"], "digest": digest}
-
-
 # ----------------------------------------------------------------------------- sampler and guidance
 
 
@@ -200,7 +154,7 @@ def _published(process: "ProcessConfig") -> "tuple[SamplerConfig, float]":
     }[Kind(process.kind)]
 
 
-def _sampler(args: argparse.Namespace, model: Model) -> "SamplerConfig":
+def sampler_of(args: argparse.Namespace, model: Model) -> "SamplerConfig":
     """The sampler with its options; UserError with all that does not fit."""
     from dcae_jax.diffusion.samplers import SAMPLERS
     from dcae_jax.errors import UserError
@@ -344,7 +298,7 @@ def describe_guidance(cfg: "GuidanceConfig") -> str:
 # ------------------------------------------------------------------------------------------ classes
 
 
-def _classes(text: str, model: Model) -> tuple[list[int], str]:
+def classes_of(text: str, model: Model) -> tuple[list[int], str]:
     """(class numbers, their order) of "all", "random", "207,360", "0-9", "cat,dog"."""
     from dcae_jax.errors import UserError
 
@@ -399,14 +353,6 @@ def _drawn(key: "jax.Array", count: int, i: "jax.Array") -> "jax.Array":
     import jax
 
     return jax.random.randint(jax.random.fold_in(key, i), (), 0, count)
-
-
-def say(text: str) -> None:
-    """Prints on the first process."""
-    from dcae_jax import distributed
-
-    if distributed.is_main():
-        print(text, flush=True)
 
 
 def short(value: Any) -> str:

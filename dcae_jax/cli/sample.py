@@ -39,7 +39,8 @@ from concurrent import futures
 from typing import TYPE_CHECKING, Any
 
 from dcae_jax.cli import _options, _sample_folder
-from dcae_jax.cli._sample_job import Job, Model, job_of, sampler_name, say, weights_record
+from dcae_jax.cli._sample_job import Job, job_of, sampler_name
+from dcae_jax.cli._trained import decoder, load, say, weights_record
 
 if TYPE_CHECKING:
     import jax
@@ -49,7 +50,6 @@ if TYPE_CHECKING:
     from dcae_jax.autoencoder import Autoencoder
     from dcae_jax.generator import Drawn, Generator
     from dcae_jax.tasks.base import Variables
-    from dcae_jax.tasks.diffuse import DiffuseTask
 
 _A_DEVICE = 16  # samples at once on each device, unless --batch says otherwise
 _THREADS = 8  # that compress and write PNGs
@@ -167,7 +167,7 @@ def _draw(args: argparse.Namespace, job: Job, there: "np.ndarray") -> None:
     from dcae_jax import distributed
 
     mesh = _mesh()
-    net = _decoder(args, job, mesh)
+    net = decoder(args, job.model, mesh, job.dtype)
     _sample_folder.check_decoder(job, net)
     _sample_folder.check_space(job, net, there, args.npz)
     if distributed.is_main():
@@ -218,33 +218,6 @@ def _bar(total: int) -> Any:
     )  # fmt: skip
 
 
-def _decoder(args: argparse.Namespace, job: Job, mesh: "Mesh") -> "Autoencoder":
-    """The autoencoder of the latents on this process's devices."""
-    from dcae_jax.errors import UserError
-    from dcae_jax.evals import generate
-    from dcae_jax.models.layers import Dtype
-
-    manifest = job.model.manifest
-    named = args.autoencoder or manifest.autoencoder
-    try:
-        net = generate.decoder(args.autoencoder or "", manifest, mesh)
-    except UserError as e:
-        if args.autoencoder or str(e).startswith("the latents are of another"):
-            raise
-        raise UserError(
-            f"{e}\nThe latents were made by the autoencoder {named} (encoder "
-            f"{manifest.encoder[:16]}); where it has moved, name it: --autoencoder DIR"
-        ) from e
-    channels = job.model.run.task.model.in_channels
-    if (net.cfg.latent_channels, net.cfg.in_channels) != (channels, 3):
-        raise UserError(
-            f"{net.source} decodes latents of {net.cfg.latent_channels} channels into "
-            f"{net.cfg.in_channels}; these have {channels}, and pictures 3: another --autoencoder"
-        )
-    say(f"autoencoder  {net.source}: f{net.cfg.factor}c{net.cfg.latent_channels}")
-    return net.placed(mesh, Dtype(job.dtype)) if job.dtype else net
-
-
 def _artist(job: Job, net: "Autoencoder", mesh: "Mesh") -> _Artist:
     """The models with their weights on the devices."""
     from dcae_jax.generator import Generator
@@ -255,31 +228,6 @@ def _artist(job: Job, net: "Autoencoder", mesh: "Mesh") -> _Artist:
         task, job.sampler, job.guide, mesh, seed=job.seed, weak=weak_task, whole=False
     )
     return _Artist(generator, variables, weak, net, job.dtype)
-
-
-def load(model: Model, mesh: "Mesh") -> "tuple[DiffuseTask, Variables]":
-    """The weights, whole on every device of the mesh."""
-    import jax
-
-    from dcae_jax import checkpoint, sharding
-    from dcae_jax.errors import UserError
-    from dcae_jax.tasks import diffuse
-    from dcae_jax.tasks.base import Variables
-
-    task = model.run.task.build(model.run)
-    shapes, _ = jax.eval_shape(task.init, jax.random.key(0))
-    targets = sharding.on_one_device(shapes)
-    found = checkpoint.load_weights(
-        model.source, {"params": targets, "stats": {}}, prefer_ema=model.ema
-    )
-    if found.step != model.meta["step"]:
-        raise UserError(
-            f"step {model.meta['step']} of {model.option} {model.source} is damaged (see above); "
-            f"to sample from the valid step before it, name that: .../checkpoints/{found.step}"
-        )
-    constants = {"norm": diffuse.normalisation(model.run.task.latent_norm, model.manifest)}
-    variables = Variables(found.params, {}, constants)
-    return task, jax.device_put(variables, sharding.replicated(mesh))
 
 
 def _store(

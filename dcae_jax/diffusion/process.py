@@ -216,6 +216,10 @@ class Process:
         """The sampling time at the uniform time t."""
         raise NotImplementedError
 
+    def unshifted(self, t: Float[Array, "*t"]) -> Float[Array, "*t"]:
+        """The inverse of `shifted`."""
+        raise NotImplementedError
+
     def scale(self, t: Float[Array, "*t"]) -> Float[Array, "*t"]:
         """x_t / scale(t) is a straight line in clock(t) if the network is exact and certain."""
         raise NotImplementedError
@@ -372,17 +376,21 @@ class Flow(Process):
 
     def share(self, t: Float[Array, "*t"]) -> Float[Array, "*t"]:
         """The inverse of `quantile`."""
-        s = self.cfg.shift
         if self.cfg.times is TimeDraw.uniform:
-            return t / (s - (s - 1.0) * t)
+            return self.unshifted(t)
         # The shift adds log s to the logit of t: infinite at both ends, where ndtr is 0 and 1.
-        logit = jnp.log(t) - jnp.log1p(-t) - math.log(s)
+        logit = jnp.log(t) - jnp.log1p(-t) - math.log(self.cfg.shift)
         return jax.scipy.special.ndtr((logit - self.cfg.time_mean) / self.cfg.time_std)
 
     def shifted(self, t: Float[Array, "*t"]) -> Float[Array, "*t"]:
         """s t / (1 + (s - 1) t) (SD3, arXiv 2403.03206, section 5.3.2)."""
         s = self.cfg.shift
         return s * t / (1.0 + (s - 1.0) * t)
+
+    def unshifted(self, t: Float[Array, "*t"]) -> Float[Array, "*t"]:
+        """t / (s - (s - 1) t)."""
+        s = self.cfg.shift
+        return t / (s - (s - 1.0) * t)
 
     def scale(self, t: Float[Array, "*t"]) -> Float[Array, "*t"]:
         """1."""
@@ -499,6 +507,10 @@ class DiscreteProcess(Process):
         return jnp.floor(t * STEPS + 1e-3) / STEPS  # n / 1000 times 1000 may be below n
 
     def shifted(self, t: Float[Array, "*t"]) -> Float[Array, "*t"]:
+        """t."""
+        return t
+
+    def unshifted(self, t: Float[Array, "*t"]) -> Float[Array, "*t"]:
         """t."""
         return t
 

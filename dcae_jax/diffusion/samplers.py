@@ -305,21 +305,45 @@ class Sampler:
     """A sampler with a fixed grid and one call a step; others replace `run`."""
 
     stochastic = False
+    _first = 1.0  # where the times begin, before the process's shift
 
     def __init__(self, cfg: SamplerConfig, process: Process):
         _checked(cfg.problems() + cfg.process_problems(process.cfg))
         self.cfg, self.process = copy.copy(cfg), process
 
+    def starting(self, t: float) -> "Sampler":
+        """The same for x that is data with noise of time t, not noise alone.
+
+        Of the config's steps it takes the share of the times that is left.
+        """
+        first = float(self.process.unshifted(jnp.float32(t)))
+        if not max(self.end, 1 / STEPS) < first <= 1.0:
+            raise UserError(
+                f"a start at t = {t:g}; it must lie above {max(self.end, 1 / STEPS):g}, where "
+                "sampling ends, and be at most 1, where nothing is left but noise"
+            )
+        found = copy.copy(self)
+        found._first = first
+        return found
+
+    @property
+    def end(self) -> float:
+        """The last time, before the process's shift."""
+        return self.cfg.end
+
     def check_steps(self, steps: int | None) -> int:
         """`steps`, or the config's; UserError unless the process has as many."""
         if steps is None:
-            return self.cfg.steps
+            return max(1, round(self.cfg.steps * self._first))
         _checked(_steps_problems(steps, self.process.cfg))
         return steps
 
     def times(self, n: int) -> Float[Array, " n_plus_1"]:
-        """The n + 1 times of a run, from 1 down to `end`: equal steps, then the process's shift."""
-        return self.process.shifted(jnp.asarray(np.linspace(1.0, self.cfg.end, n + 1)))
+        """The n + 1 times of a run, from 1 down to `end`: equal steps, then the process's shift.
+
+        From where it starts, if that is not 1.
+        """
+        return self.process.shifted(jnp.asarray(np.linspace(self._first, self.cfg.end, n + 1)))
 
     def evaluations(self, n: int) -> int:
         """Calls of the denoiser in a run of n steps."""
@@ -354,10 +378,14 @@ class Ancestral(Sampler):
     """See AncestralConfig."""
 
     stochastic = True
+    end = 0.0
 
     def times(self, n: int) -> Float[Array, " n_plus_1"]:
-        """The times of the indices round(k 999 / (n - 1)), then 0 (improved DDPM, section 4)."""
-        last = STEPS - 1
+        """The times of the indices round(k 999 / (n - 1)), then 0 (improved DDPM, section 4).
+
+        Of those up to where it starts, if that is not 1.
+        """
+        last = round(self._first * STEPS) - 1
         kept = [round(k * last / (n - 1)) for k in range(n)] if n > 1 else [last]
         return jnp.asarray([(i + 1) / STEPS for i in reversed(kept)] + [0.0])
 

@@ -42,6 +42,8 @@ class ReconstructConfig:
     pictures: int = 6  # held-out images in the grid; the same ones every time
     training_pictures: int = 2  # training images below them, labelled as such
     weights: InitWeights = InitWeights.ema  # which weights are evaluated
+    # Also the PSNR with only the first so many channels of the latent: psnr_c8 (structured latents)
+    channel_counts: tuple[int, ...] = ()
     baselines: bool = False  # bicubic and PCA of equal rate on the same pixels (once, at the end)
     pca_images: int = 128  # training crops whose blocks fit the PCA
 
@@ -56,7 +58,7 @@ class ReconstructConfig:
 
     def metrics(self) -> tuple[str, ...]:
         """The names of its scores."""
-        return METRICS
+        return METRICS + tuple(map(score_of, self.channel_counts))
 
     def due(self, step: int, last: int) -> bool:
         """Whether it runs after `step` of `last` steps."""
@@ -142,7 +144,23 @@ class Reconstruct:
             "original": batch["image"][: self.cfg.pictures],
             "output": output[: self.cfg.pictures],
         }
-        return _sums(batch["image"], output, batch["mask"]), head
+        sums = _sums(batch["image"], output, batch["mask"])
+        return sums | self._truncated(variables, batch), head
+
+    def _truncated(self, variables: Variables, batch: dict[str, Array]) -> dict[str, Array]:
+        """Masked sums of the PSNR with the first channels of the latents."""
+        found = {}
+        for count in self.cfg.channel_counts:
+            channels = jnp.full(batch["mask"].shape, count)
+            output = self.task.predict(variables, batch | {"channels": channels})
+            psnr = metrics.psnr(batch["image"], metrics.to_uint8(output))
+            found[score_of(count)] = metrics.masked_sum(psnr, batch["mask"])
+        return found
+
+
+def score_of(count: int) -> str:
+    """The name of the PSNR with so many channels."""
+    return f"psnr_c{count}"
 
 
 def _images(data: DataConfig, batch: int, n: int) -> UInt8[np.ndarray, "n h w 3"]:
@@ -169,11 +187,15 @@ def _sums(original: Pixels, output: Pixels, mask: Any) -> dict[str, Array]:
 
 
 def summarise(total: dict[str, Any]) -> dict[str, float]:
-    """Means from sums: PSNR per image and over the pooled MSE, SSIM, and the number of images."""
+    """Means from sums: PSNR per image and over the pooled MSE, SSIM, and the number of images.
+
+    Further sums become means under their names.
+    """
     n = float(total["count"])
     return {
         "psnr": float(total["psnr"]) / n,
         "psnr_pooled": metrics.pooled_psnr(float(total["mse"]), n),
         "ssim": float(total["ssim"]) / n,
         "n": n,
+        **{k: float(v) / n for k, v in total.items() if k.startswith("psnr_c")},
     }

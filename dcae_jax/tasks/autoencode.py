@@ -9,7 +9,7 @@ import enum
 import re
 from collections.abc import Hashable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,7 @@ Images = Float[Array, "b h w 3"]
 
 STEM = "ae/encoder/conv_in/kernel"  # frozen in every phase but the first
 ENCODER_OUT = "ae/encoder/conv_out/kernel"  # trains wherever the latent space moves
+_COUNTS = 2  # folded into the key of a step; the bottleneck's draws split it into 0 and 1
 
 
 class Moments(NamedTuple):
@@ -45,6 +46,14 @@ def _matches(pattern: str, path: str) -> bool:
         return re.fullmatch(pattern, path) is not None
     except re.error:
         return False  # tree.partition tells what is wrong with it
+
+
+@runtime_checkable
+class Truncates(Protocol):
+    """An evaluator that looks at the first channels of the latents alone."""
+
+    name: str
+    channel_counts: tuple[int, ...]
 
 
 class Phase(enum.Enum):
@@ -133,6 +142,9 @@ class AutoencodeConfig:
     trainable: str = "ae/.*"  # regex; whole parameter paths that train, all others are frozen
     losses: LossConfig = field(default_factory=LossConfig)
     bottleneck: Bottleneck = Bottleneck.none
+    # Structured latents (DC-AE 1.5, arXiv 2508.00413): while training, each example keeps the first
+    # so many channels of its latent, a number drawn from these; the others are 0.  (): all of them.
+    channel_counts: tuple[int, ...] = ()
     adversarial: AdversarialConfig | None = None
 
     def build(self, run: RunConfig) -> "AutoencodeTask":
@@ -174,7 +186,7 @@ class AutoencodeConfig:
                 "couple the examples of a batch; use microbatches=1, batch_norm=frozen_stats, or "
                 "decoder_norm=rms"
             )
-        return found + self._bottleneck_problems()
+        return found + self._bottleneck_problems() + self._channel_problems(run)
 
     def _bottleneck_problems(self) -> list[str]:
         """A Gaussian encoder without its KL loss, or with noise on top of its own."""
@@ -190,6 +202,26 @@ class AutoencodeConfig:
                 "on the means of a frozen encoder)"
             ]
         return []
+
+    def _channel_problems(self, run: RunConfig) -> list[str]:
+        """Numbers of channels that the latent does not have, in training and evaluation."""
+        all_of, ours = self.model.latent_channels, self.channel_counts
+        asked = [("task.channel_counts", ours)]
+        asked += [
+            (f"evals: {e.name}: channel_counts", e.channel_counts)
+            for e in run.evals if isinstance(e, Truncates)
+        ]  # fmt: skip
+        found = [
+            f"{name} = {counts}; different numbers of channels, from 1 to the latent's {all_of}"
+            for name, counts in asked
+            if len(set(counts)) < len(counts) or not all(1 <= n <= all_of for n in counts)
+        ]
+        if not found and ours and max(ours) < all_of:
+            found.append(
+                f"task.channel_counts = {ours}: the decoder would never see the channels from "
+                f"{max(ours)} on; add {all_of}, or set model.latent_channels={max(ours)}"
+            )
+        return found
 
 
 class AutoencodeTask:
@@ -257,7 +289,7 @@ class AutoencodeTask:
     def prepare(
         self, key: PRNGKeyArray, batch: Batch, step: Int[Array, ""], static: Hashable
     ) -> Inputs:
-        """Images to [-1, 1]; the bottleneck's noise; each example's share of the batch."""
+        """Images to [-1, 1]; bottleneck noise; channels kept; each example's share of the batch."""
         images = to_float(batch["image"])
         b, h, w, _ = images.shape
         examples = {"image": images, "weight": jnp.full((b,), 1.0 / b)}
@@ -269,22 +301,30 @@ class AutoencodeTask:
                 examples["noise"] *= self.cfg.losses.noise * jax.random.uniform(
                     k_scale, (b, 1, 1, 1)
                 )
+        if counts := self.cfg.channel_counts:
+            k_counts = jax.random.fold_in(key, _COUNTS)
+            examples["channels"] = jax.random.choice(k_counts, jnp.asarray(counts), (b,))
         return Inputs(examples, {"step": step})
 
     def predict(self, variables: Variables, batch: Batch) -> Images:
-        """The reconstruction of `batch["image"]` (uint8) in [-1, 1], from the latent's mean."""
-        return self._apply(variables, to_float(batch["image"]), None, train=False)[0]
+        """The reconstruction of `batch["image"]` (uint8) in [-1, 1], from the latent's mean.
+
+        With "channels" in the batch, from the first so many channels of each example's latent.
+        """
+        channels = batch["channels"] if "channels" in batch else None
+        return self._apply(variables, to_float(batch["image"]), None, channels, train=False)[0]
 
     # ------------------------------------------------------------------------------------- losses
 
     def _apply(
-        self, variables: Variables, images: Images, noise: Array | None, train: bool
-    ) -> tuple[Images, Moments, Tree]:
+        self, variables: Variables, images: Images, noise: Array | None,
+        channels: Int[Array, " b"] | None, train: bool,
+    ) -> tuple[Images, Moments, Tree]:  # fmt: skip
         """(reconstruction, moments of the latent, new running statistics or {})."""
 
         def forward(model: Autoencoder, images: Images) -> tuple[Images, Moments]:
             latent = Moments(*model.moments(images))
-            return model.decode(sample(latent, noise)), latent
+            return model.decode(first_channels(sample(latent, noise), channels)), latent
 
         tree_in = {"params": variables.params["ae"]}
         if "ae" in variables.stats:
@@ -302,8 +342,8 @@ class AutoencodeTask:
     def _autoencoder_loss(self, variables: Variables, inputs: Inputs, carry: Any) -> Loss:
         cfg, x = self.cfg, inputs.examples
         images, weight = x["image"], x["weight"]
-        noise = x["noise"] if "noise" in x else None
-        y, latent, stats = self._apply(variables, images, noise, train=True)
+        noise, channels = (x[name] if name in x else None for name in ("noise", "channels"))
+        y, latent, stats = self._apply(variables, images, noise, channels, train=True)
 
         def mean(per_example: Float[Array, "b ..."]) -> Float[Array, ""]:
             return jnp.sum(weight * per_example.reshape(weight.shape[0], -1).mean(axis=1))
@@ -407,6 +447,11 @@ class AutoencodeTask:
         lines.append("losses: " + ", ".join(weights))
         if not cfg.losses.lpips:
             lines.append("LPIPS is off: reconstructions are blurrier than with it")
+        if counts := cfg.channel_counts:
+            lines.append(
+                f"structured latents: each example keeps its first {_either(counts)} of "
+                f"{cfg.model.latent_channels} channels"
+            )
         if self._training_stats:
             lines.append("BatchNorm updates its statistics, so microbatches are not available")
         return lines
@@ -452,12 +497,32 @@ def sample(latent: Moments, noise: Float[Array, "b h w c"] | None) -> Float[Arra
     return latent.mean + (noise if latent.logvar is None else jnp.exp(0.5 * latent.logvar) * noise)
 
 
+def first_channels(
+    latent: Float[Array, "b h w c"], counts: Int[Array, " b"] | None
+) -> Float[Array, "b h w c"]:
+    """The latents with 0 in the channels beyond each example's count; None: as they are.
+
+    Source: DC-AE 1.5 (arXiv 2508.00413), structured latent space, with a count for each example
+    instead of one for a training iteration.
+    """
+    if counts is None:
+        return latent
+    kept = jnp.arange(latent.shape[-1]) < counts[:, None, None, None]
+    return jnp.where(kept, latent, 0.0)
+
+
 def divergence(latent: Moments) -> Float[Array, "b h w c"]:
     """KL(posterior || N(0, 1)) of each element; a point counts as the mean of unit variance."""
     kl = 0.5 * latent.mean**2
     if latent.logvar is not None:
         kl += 0.5 * (jnp.exp(latent.logvar) - 1.0 - latent.logvar)
     return kl
+
+
+def _either(counts: tuple[int, ...]) -> str:
+    """16, 32 or 64."""
+    *most, last = map(str, sorted(counts))
+    return f"{', '.join(most)} or {last}" if most else last
 
 
 def _modules(title: str, params: Tree) -> list[str]:

@@ -134,3 +134,10 @@ class Fills(Protocol):
         they came.  UserError where what it predicts cannot be decoded.
         """
         ...
+
+
+@runtime_checkable
+class Extends(Protocol):
+    """A task whose network is another one with more parameters."""
+
+    new_params: str  # regex of whole paths; weights of `init_from` may lack them: they start fresh

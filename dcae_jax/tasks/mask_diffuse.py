@@ -15,22 +15,23 @@ import enum
 import math
 import zlib
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Int64, PRNGKeyArray
 
-from dcae_jax import masking
+from dcae_jax import masking, optim
 from dcae_jax.config import RunConfig
 from dcae_jax.errors import UserError
 from dcae_jax.masking import MaskConfig, MaskKind, Split
 from dcae_jax.models.md_uvit import NEW_PARAMS, Fill, Masked, MDUViTConfig
 from dcae_jax.models.transformer import patchify, unpatchify
 from dcae_jax.tasks.base import Batch, Inputs, Loss, Metrics, Variables
-from dcae_jax.tasks.diffuse import DiffuseConfig, DiffuseTask
+from dcae_jax.tasks.diffuse import DiffuseConfig, DiffuseTask, Draws
 from dcae_jax.tasks.latents import Latents
+from dcae_jax.tasks.mask_latents import AsksTimes
 
 # Below it a batch of almost pure noise counts less, instead of dividing by zero.
 LEAST_WEIGHT = 1e-6
@@ -49,6 +50,14 @@ class RecTarget(enum.Enum):
     latent = "latent"  # the normalised latent; it can be decoded
     whitened = "whitened"  # that, each token less its mean and over its deviation (MAE, LMD)
     noised_whitened = "noised_whitened"  # the same of the noisy latent (MaskDiT)
+
+
+@runtime_checkable
+class AsksMasks(Protocol):
+    """An evaluator that asks for masked tokens."""
+
+    name: str
+    ratios: tuple[float, ...]
 
 
 def unmasked() -> MaskConfig:
@@ -210,12 +219,12 @@ class MaskDiffuseConfig(DiffuseConfig):
 
     def stage_steps(self, steps: int) -> list[tuple[int, int]]:
         """(first step, step after the last) of each stage."""
-        ends = [round(stage.until * steps) for stage in self.stages]
+        ends = [optim.first_step(stage.until, steps) for stage in self.stages]
         return list(zip([0, *ends[:-1]], ends, strict=True))
 
     def run_problems(self, run: RunConfig) -> list[str]:
         """Problems that this task sees in the whole run."""
-        found = DiffuseConfig.run_problems(self, run)
+        found = DiffuseConfig.run_problems(self, run) + self._asking_problems(run)
         if self.problems() or self.model.problems() or run.steps < 1:
             return found  # the checks below need well-formed values
         rows, columns = self.model.grid(*self.model.input_size)
@@ -236,6 +245,24 @@ class MaskDiffuseConfig(DiffuseConfig):
                     f"from 1 to {max(rows, columns)}"
                 )
         return found or self._plan_problems(run, spans)
+
+    def _asking_problems(self, run: RunConfig) -> list[str]:
+        """Evaluators that ask for what is not trained."""
+        found = []
+        diffuses = any(stage.diffusion for stage in self.stages)
+        fills = self.model.recon_head and self.rec_target is RecTarget.latent
+        for e in run.evals:
+            if isinstance(e, Draws | AsksTimes) and not diffuses:
+                found.append(
+                    f"evals: {e.name} is for diffusion models, and no stage has diffusion above 0; "
+                    "leave it out, and use MaskedConfig of evals/masked.py"
+                )
+            if isinstance(e, AsksMasks) and not fills:
+                found.append(
+                    f"evals: {e.name} asks for masked tokens; they need task.model.recon_head=True "
+                    "and task.rec_target=latent"
+                )
+        return found
 
     def _plan_problems(self, run: RunConfig, spans: list[tuple[int, int]]) -> list[str]:
         """Steps at which nothing would be learned, or reconstruction that never is."""
@@ -414,7 +441,7 @@ class MaskDiffuseTask(DiffuseTask):
             examples["rec_weight"] = u / jnp.maximum(u.sum(), LEAST_WEIGHT)
         if static.keep < static.tokens:
             order = masking.random_order(k_order, b, *self.grid(), static.block)
-            examples |= {"order": order, "inverse": jnp.argsort(order, axis=1)}
+            examples["split"] = masking.split(order, static.keep)
         return Inputs(examples, {"plan": static})
 
     # ------------------------------------------------------------------------------------- losses
@@ -441,9 +468,7 @@ class MaskDiffuseTask(DiffuseTask):
         self, variables: Variables, x: Batch, normal: Latents, plan: Plan
     ) -> Metrics:  # fmt: skip
         """The terms of this plan, not weighted; what has no weight is not computed."""
-        split = None
-        if plan.keep < plan.tokens:
-            split = Split(x["order"], x["inverse"], plan.keep)
+        split = x["split"] if "split" in x else None
         x_t = self.process.diffuse(normal, x["noise"], x["time"])
         channels = {plan.channels} - {0}
         most = self.cfg.model.in_channels
@@ -562,7 +587,7 @@ class MaskDiffuseTask(DiffuseTask):
             lines.append(
                 f"stage {i}, steps {first} to {last - 1}: {seen} of {plans[0].tokens} tokens "
                 f"visible, clean {stage.clean:g}, diffusion {stage.diffusion:g}, reconstruction "
-                f"{stage.reconstruction:g}, {len(plans)} programs"
+                f"{stage.reconstruction:g}; programs: {len(plans)}"
             )
         return lines
 

@@ -474,3 +474,52 @@ def test_networks_that_predict_the_data_of_a_flow_stay_finite_at_its_ends(cfg):
     read = p.denoiser(lambda x, t, cond: 0.5 * x + cond)
     end = run(cfg, p, lambda x, t: read(x, t, 0.1), steps=5).x0
     assert np.isfinite(end).all()
+
+
+# ------------------------------------------------------------------- from data with noise of time t
+
+FROM_THE_MIDDLE = [
+    (Kind.flow, HeunConfig(steps=100)),
+    (Kind.flow, DPM2MConfig(steps=200)),
+    (Kind.scaled_linear, DPMFastConfig(steps=240)),
+    pytest.param(Kind.flow, DDIMConfig(steps=1000), marks=pytest.mark.slow),
+    pytest.param(Kind.ddpm, EulerConfig(steps=1000), marks=pytest.mark.slow),
+    pytest.param(Kind.scaled_linear, Dopri5Config(1e-5, 1e-6, end=0.001), marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("kind", "cfg"), FROM_THE_MIDDLE, ids=lambda v: getattr(v, "value", None))
+def test_a_run_from_the_middle_follows_the_ode_from_there(kind, cfg):
+    """The quantile of the marginal stays, wherever the run begins."""
+    p, t = process(kind, shift=1.5) if kind is Kind.flow else process(kind), 0.4
+    sampler, x = cfg.build(p).starting(t), jnp.linspace(-2.0, 2.0, 6).reshape(3, 2, 1, 1)
+    np.testing.assert_allclose(sampler.times(7)[0], t, rtol=1e-6)
+    found = jax.jit(lambda x: sample(sampler, denoiser(p), x, KEY, jnp.arange(3)))(x)
+    (m1, d1), (m, d) = (marginal(p, jnp.float32(end)) for end in (t, float(sampler.times(7)[-1])))
+    # Errors of the methods at these numbers of steps, 1e-5 to 4e-3; from t = 1 it is off by 0.1.
+    np.testing.assert_allclose(found.x0, m + d * (x - m1) / d1, atol=5e-3)
+    assert cfg.build(p).times(5)[0] == 1.0, "the sampler itself still starts from noise"
+    if not isinstance(cfg, Dopri5Config):
+        share = {Kind.flow: t / (1.5 - 0.5 * t)}.get(kind, t)
+        wanted = cfg.build(p).evaluations(round(cfg.steps * share))
+        assert found.evaluations.tolist() == [wanted] * 3
+
+
+def test_ancestral_sampling_from_the_middle_walks_the_times_that_are_left():
+    sampler = AncestralConfig(steps=10, variance=Variance.posterior).build(process(Kind.ddpm))
+    assert sampler.starting(1.0).times(10).tolist() == sampler.times(10).tolist()
+    half = sampler.starting(0.5)
+    assert half.check_steps(None) == 5
+    indices = [round(k * 499 / 4) for k in reversed(range(5))]
+    np.testing.assert_allclose(half.times(5), [*((i + 1) / 1000 for i in indices), 0], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("cfg", "t"),
+    [(HeunConfig(), 0.0), (HeunConfig(), 1.1), (DPM2MConfig(end=0.3), 0.2),
+     (AncestralConfig(), 1e-4)],
+)  # fmt: skip
+def test_impossible_starts_are_refused(cfg, t):
+    kind = Kind.ddpm if isinstance(cfg, AncestralConfig) else Kind.flow
+    with pytest.raises(UserError, match="it must lie above"):
+        cfg.build(process(kind)).starting(t)
