@@ -97,7 +97,7 @@ class MaskConfig:
         """The share of masked tokens at `step` (0-based) of `steps`; host numbers, float64."""
         ramp = self.ramp or (1.0 if self.kind is MaskKind.linear else 2 / 3)
         full = max(ramp * steps, 1.0)
-        k = np.asarray(step, np.float64)
+        k = np.atleast_1d(np.asarray(step, np.float64))
         if self.kind is MaskKind.constant:
             found = np.full_like(k, self.end)
         elif self.kind is MaskKind.linear:
@@ -107,9 +107,9 @@ class MaskConfig:
             found = np.interp(k, [0, full / 4, full / 2, full], values)
         else:
             done = np.minimum(k / max(math.floor(full + _ROUNDING), 1), 1.0)
-            curve = _squared_cosine(done) / _squared_cosine(np.float64(0))
+            curve = _squared_cosine(done) / _squared_cosine(np.zeros(1))
             found = self.start + (self.end - self.start) * (1 - curve)
-        return found if np.ndim(step) else float(found)
+        return found if np.ndim(step) else float(found[0])
 
     def table(self, tokens: int) -> tuple[int, ...]:
         """The numbers of visible tokens that `nearest` and `up` choose from, and all of them."""
