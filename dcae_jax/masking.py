@@ -41,7 +41,7 @@ class Rounding(enum.Enum):
     """From the share of masked tokens to the number of visible ones."""
 
     nearest = "nearest"  # in the table: few programs, costs what the schedule costs
-    up = "up"  # the next larger one in the table: never masks more than the schedule says
+    up = "up"  # `exact` or the next larger one in the table: never masks more than exact does
     exact = "exact"  # rounded down, as LMD's code does it: as many programs as there are numbers
 
 
@@ -120,11 +120,12 @@ class MaskConfig:
     ) -> Int64[np.ndarray, " n"]:  # fmt: skip
         """The numbers of visible tokens at these shares of masked ones."""
         visible = tokens * (1 - ratio)
+        exact = np.floor(visible + _ROUNDING).astype(np.int64)
         if self.rounding is Rounding.exact:
-            return np.floor(visible + _ROUNDING).astype(np.int64)
+            return exact
         table = np.asarray(self.table(tokens))
         if self.rounding is Rounding.up:
-            return table[np.searchsorted(table, visible - _ROUNDING)]
+            return table[np.searchsorted(table, exact)]
         distance = np.abs(table[::-1] - visible[:, None])  # of two equally near ones the larger
         return table[::-1][distance.argmin(axis=1)]
 
