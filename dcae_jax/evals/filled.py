@@ -20,7 +20,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from dcae_jax import inpainting, masking, rng, sharding
+from dcae_jax import masking, rng, sharding
 from dcae_jax.config import InitWeights, RunConfig
 from dcae_jax.data import pipeline
 from dcae_jax.data.pipeline import DataConfig
@@ -123,7 +123,7 @@ class Filled:
         for k, batch in enumerate(self._batches()):
             hole = self._hole(self._order(k))
             total["mean-of-visible"] += _squares(
-                batch, inpainting.hide(batch["image"], hole), hole
+                batch, _hidden(batch["image"], hole), hole
             )
             if self._net is not None:
                 whole = self._decoded(self._encoded(batch["image"]))
@@ -140,7 +140,7 @@ class Filled:
         for k, batch in enumerate(self._batches()):
             order = self._order(k)
             hole, found = self._hole(order), {}
-            hidden = inpainting.hide(batch["image"], hole)
+            hidden = _hidden(batch["image"], hole)
             for protocol in self.protocols:
                 seen = batch["image"] if protocol == LATENT else hidden
                 found[protocol] = self._filled_image(variables, batch, seen, order)
@@ -177,9 +177,8 @@ class Filled:
     def _hole(self, order: Int[Array, "b n"]) -> Bool[Array, "b H W"]:
         """The pixels of the masked cells."""
         masked = masking.split(order, self._keep).masked()
-        return inpainting.cells_to_pixels(
-            masked.reshape(-1, *self._grid), self.cfg.images.resolution
-        )
+        cell = self.cfg.images.resolution // self._grid[0]
+        return masked.reshape(-1, *self._grid).repeat(cell, axis=1).repeat(cell, axis=2)
 
     def _encoded(self, image: Pixels) -> Float[Array, "b h w c"]:
         """What the task takes before its normalisation."""
@@ -201,6 +200,14 @@ class Filled:
     ) -> Float[Array, "b h w c"]:  # fmt: skip
         norm = variables.constants["norm"]
         return norm.invert(self._task.fill(variables, norm.apply(x), order, self._keep, label))
+
+
+def _hidden(image: Pixels, hole: Bool[Array, "b H W"]) -> Pixels:
+    """The images with the mean of their known pixels in the hole, whatever stood there."""
+    known = ~hole[..., None]
+    total = jnp.sum(jnp.where(known, image, 0).astype(jnp.float32), axis=(1, 2), keepdims=True)
+    mean = total / jnp.sum(known, axis=(1, 2), keepdims=True)
+    return jnp.where(known, image, jnp.floor(mean + 0.5).astype(jnp.uint8))
 
 
 def _squares(batch: Batch, found: Pixels, hole: Bool[Array, "b H W"]) -> float:

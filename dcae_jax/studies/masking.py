@@ -82,7 +82,7 @@ class Settings:
     held_out: int = 128  # latents
     width: int = 64  # of all transformers
     depth: int = 4
-    heads: int = 4
+    heads: int = 2
     decoder_depth: int = 2  # of (a)
     batch: int = 16
     steps: int = 400  # of (a)
@@ -290,18 +290,17 @@ def _process() -> ProcessConfig:
 
 def _masked_config(settings: Settings, latents: str) -> RunConfig:
     """(b): the same for as many FLOPs, in the stages of the default recipe."""
-    plain = _diffusion_config(settings, latents)
+    plain, recipe = _diffusion_config(settings, latents), mask_recipes.curriculum()
     budget = costs(_resolved(plain))[-1]
 
     def staged(steps: int) -> RunConfig:
         cfg = _run(settings, steps, settings.batch)
         cfg.task = MaskDiffuseConfig(
-            model=MDUViTConfig(**_sizes(settings)), process=_process(),
-            latent_norm=LatentNorm.channel, stages=mask_recipes.staged(),
+            model=MDUViTConfig(**_sizes(settings), **recipe.model), process=_process(),
+            latent_norm=LatentNorm.channel, stages=recipe.stages, **recipe.task,
         )  # fmt: skip
-        for stage in cfg.task.stages:
-            stage.mask.buckets = settings.buckets
-        cfg.optim.milestones = mask_recipes.MILESTONES
+        cfg.task.stages[0].mask.buckets = settings.buckets
+        cfg.optim.milestones = recipe.milestones
         cfg.data, cfg.evals = plain.data, plain.evals
         return cfg
 
