@@ -118,7 +118,8 @@ def test_config_fields_that_the_readme_shows_exist():
 
     paths = sorted((ROOT / "configs").glob("*.py"))
     phased = [
-        p for p in paths
+        p
+        for p in paths
         if not p.stem.startswith(("paper_", "modern_", "md_", "demo_diffusion", "lmd"))
     ]
     cfgs = [flags.load(f"{p}:phase3" if p in phased else str(p)) for p in paths]

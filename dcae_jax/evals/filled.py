@@ -122,9 +122,7 @@ class Filled:
         count = 0.0
         for k, batch in enumerate(self._batches()):
             hole = self._hole(self._order(k))
-            total["mean-of-visible"] += _squares(
-                batch, _hidden(batch["image"], hole), hole
-            )
+            total["mean-of-visible"] += _squares(batch, _hidden(batch["image"], hole), hole)
             if self._net is not None:
                 whole = self._decoded(self._encoded(batch["image"]))
                 total["autoencoder"] += _squares(batch, whole, hole)

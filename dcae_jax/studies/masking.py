@@ -296,7 +296,7 @@ def _masked_config(settings: Settings, latents: str) -> RunConfig:
     def staged(steps: int) -> RunConfig:
         cfg = _run(settings, steps, settings.batch)
         cfg.task = MaskDiffuseConfig(
-            model=MDUViTConfig(**_sizes(settings), **recipe.model), process=_process(),
+            model=MDUViTConfig(**_sizes(settings), **recipe.model, k_out=1), process=_process(),
             latent_norm=LatentNorm.channel, stages=recipe.stages, **recipe.task,
         )  # fmt: skip
         cfg.task.stages[0].mask.buckets = settings.buckets

@@ -52,9 +52,7 @@ def mean(cfg: LMDConfig, mask: MaskConfig) -> Cost:
     found, counts = np.unique(keeps, return_counts=True)
     costs = [of_visible(cfg, int(keep)) for keep in found]
     share = counts / counts.sum()
-    return Cost(
-        float(share @ [c.forward for c in costs]), float(share @ [c.step for c in costs])
-    )
+    return Cost(float(share @ [c.forward for c in costs]), float(share @ [c.step for c in costs]))
 
 
 def encoder() -> float:

@@ -173,10 +173,10 @@ def _encoding(study: Study) -> str:
     epochs = s.steps * s.batch / s.crops
     step = study.of("cosine")[0].flops_per_image / 1e9
     return (
-        f"Encoding an image takes {encode:.3f} GFLOP, once for each of the {s.crops:,} crops of the "
-        f"cache; a training step takes {step:.3f} GFLOP an image (cosine). Over the {epochs:.1f} "
-        f"epochs of this study that adds {encode / epochs / step:.0%}; encoded in every step it "
-        f"would add {encode / step:.0%}."
+        f"Encoding an image takes {encode:.3f} GFLOP, once for each of the {s.crops:,} crops of "
+        f"the cache; a training step takes {step:.3f} GFLOP an image (cosine). Over the "
+        f"{epochs:.1f} epochs of this study that adds {encode / epochs / step:.0%}; "
+        f"encoded in every step it would add {encode / step:.0%}."
     )
 
 

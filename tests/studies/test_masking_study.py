@@ -1,5 +1,6 @@
 """The masking study: which arms it trains, that they are fair, what it says of which numbers."""
 
+import dataclasses
 import json
 import xml.etree.ElementTree
 
@@ -39,7 +40,9 @@ def test_arms_of_a_part_differ_in_what_is_compared_alone() -> None:
     )  # fmt: skip
     assert found[PIXELS].evals == one.evals, "the same masks on the same images"
     plain, masked = found[PLAIN], found[MASKED]
-    assert plain.task.process == masked.task.process and plain.evals == masked.evals
+    assert plain.task.process == masked.task.process
+    for a, b in zip(plain.evals, masked.evals, strict=True):  # as often each, in longer runs
+        assert dataclasses.replace(a, every=0) == dataclasses.replace(b, every=0)
 
 
 def test_both_diffusion_arms_spend_the_same() -> None:
@@ -110,15 +113,17 @@ def said(found) -> str:
 
 def test_an_effect_below_the_spread_of_the_seeds_does_not_show() -> None:
     found = study(lambda kind, seed: 18.0 + (kind == "cosine") * (0.1, 0.3, -0.1)[seed])
-    assert "LMD, cosine against LMD, constant 0.75: +0.10 dB (seeds: +0.10, +0.30, -0.10), which" in (
-        said(found)
+    assert (
+        "LMD, cosine against LMD, constant 0.75: +0.10 dB (seeds: +0.10, +0.30, -0.10), which"
+        in (said(found))
     )
 
 
 def test_an_effect_on_every_seed_shows() -> None:
     found = study(lambda kind, seed: 18.0 + (kind == "cosine") * (1.0, 1.2, 1.1)[seed])
-    assert "LMD, cosine against LMD, constant 0.75: +1.10 dB (seeds: +1.00, +1.20, +1.10) after" in (
-        said(found)
+    assert (
+        "LMD, cosine against LMD, constant 0.75: +1.10 dB (seeds: +1.00, +1.20, +1.10) after"
+        in (said(found))
     )
 
 
