@@ -104,7 +104,7 @@ class Settings:
 def quick() -> Settings:
     """A study of the same shape whose numbers mean nothing: it shows that the command works."""
     return Settings(
-        side=64, autoencoder_widths=(8, 8, 16, 16), autoencoder_steps=8, crops=32, held_out=32,
+        side=64, autoencoder_widths=(8, 8, 16, 32), autoencoder_steps=8, crops=32, held_out=32,
         width=16, depth=2, heads=2, decoder_depth=1, batch=8, steps=12, buckets=(48, 16),
         diffusion_steps=12, seeds=(0, 1), eval_images=8, samples=16, points=2, quick=True,
     )  # fmt: skip
