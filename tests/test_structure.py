@@ -40,7 +40,7 @@ LAYERS = (
     ("checkpoint",),
     ("autoencoder", "generator", "online"),
     ("evals",),
-    ("provenance", "recipes", "diffusion_recipes", "backend"),
+    ("provenance", "programs", "recipes", "diffusion_recipes", "backend"),
     ("train", "codec"),
     ("inspect",),
     ("bench", "studies", "cli", "__main__"),
