@@ -1,12 +1,13 @@
 """--dry_run: what a run would be, without data, weights or steps."""
 
 import math
-from typing import Any
+from collections.abc import Hashable
+from typing import Any, NamedTuple
 
 import jax
 
 from dcae_jax import config as config_lib
-from dcae_jax import rng, sharding, step, train, tree
+from dcae_jax import programs, rng, sharding, step, train, tree
 from dcae_jax.config import RunConfig
 from dcae_jax.data import latents
 from dcae_jax.data.latents import LatentDataConfig
@@ -69,24 +70,66 @@ def _memory(state: step.TrainState, mesh: jax.sharding.Mesh, cfg: RunConfig) -> 
     return lines
 
 
+class _Cost(NamedTuple):
+    """FLOPs of a step of one program, or the mean over a run."""
+
+    forward: float
+    whole: float
+
+
 def _cost(
     task: train.Task, cfg: RunConfig, state: step.TrainState, mesh: jax.sharding.Mesh
 ) -> list[str]:
     """FLOPs of a step, counted on its jaxpr; compiles nothing."""
     batch = train.abstract_batch(cfg, mesh)
     constants = task.abstract_constants()
-    arguments = state, constants, batch
-    whole = flops.count(
-        lambda s, c, b: step.train_step(task, cfg, task.static(0), s, c, b), *arguments
-    )
-    forward = flops.count(lambda s, c, b: _losses(task, cfg, s, c, b), *arguments)
+    needed, costs, hidden = programs.plan(task, 0, cfg.steps), {}, {}
+    for key in needed:
+        whole, forward = _count(task, cfg, key, (state, constants, batch))
+        costs[key] = _Cost(forward.total, whole.total)
+        hidden |= dict.fromkeys(whole.incomplete)
+    mean = _mean(needed, costs)
+    several = f" (mean over the {cfg.steps:,} steps)" if len(needed) > 1 else ""
     return [
-        f"FLOPs per image: forward {_giga(forward.total / cfg.batch)}, training step "
-        f"{_giga(whole.total / cfg.batch)}{_encoding(cfg, constants, batch)} (1 multiply-add = 2 "
-        "FLOP; matrix products, convolutions and attention of the jaxpr, what is recomputed "
-        f"included{', but not ' + ', '.join(whole.incomplete) if whole.incomplete else ''})",
-        f"one step of {cfg.batch}: {_giga(whole.total)}",
+        f"FLOPs per image: forward {_giga(mean.forward / cfg.batch)}, training step "
+        f"{_giga(mean.whole / cfg.batch)}{several}{_encoding(cfg, constants, batch)} (1 "
+        "multiply-add = 2 FLOP; matrix products, convolutions and attention of the jaxpr, what is "
+        f"recomputed included{', but not ' + ', '.join(hidden) if hidden else ''})",
+        *_programs(needed, costs, cfg.batch),
+        f"one step of {cfg.batch}: {_giga(mean.whole)}",
         f"{tree.size(state.params):,} parameters in all",
+    ]
+
+
+def _count(
+    task: train.Task, cfg: RunConfig, static: Hashable, arguments: tuple[Any, ...]
+) -> tuple[flops.Flops, flops.Flops]:
+    """The training step and its losses alone."""
+    whole = flops.count(lambda s, c, b: step.train_step(task, cfg, static, s, c, b), *arguments)
+    return whole, flops.count(lambda s, c, b: _losses(task, cfg, static, s, c, b), *arguments)
+
+
+def _mean(needed: dict[Hashable, programs.Stretch], costs: dict[Hashable, _Cost]) -> _Cost:
+    """Over the steps of a run."""
+    steps = sum(s.steps for s in needed.values())
+    return _Cost(*(
+        sum(costs[key][i] * s.steps for key, s in needed.items()) / steps for i in range(2)
+    ))  # fmt: skip
+
+
+def _programs(
+    needed: dict[Hashable, programs.Stretch], costs: dict[Hashable, _Cost], batch: int
+) -> list[str]:
+    """Each program where there are several: when it is needed, what it costs per image."""
+    if len(needed) < 2:
+        return []
+    return [
+        f"{len(needed)} programs:",
+        *(
+            f"  {key}: from step {s.first:,}, {s.steps:,} steps, forward "
+            f"{_giga(costs[key].forward / batch)}, training step {_giga(costs[key].whole / batch)}"
+            for key, s in needed.items()
+        ),
     ]
 
 
@@ -95,10 +138,11 @@ def _giga(number: float) -> str:
 
 
 def _losses(
-    task: train.Task, cfg: RunConfig, state: step.TrainState, constants: Tree, batch: Batch
-) -> list[Any]:
+    task: train.Task, cfg: RunConfig, static: Hashable,
+    state: step.TrainState, constants: Tree, batch: Batch,
+) -> list[Any]:  # fmt: skip
     """The losses of all objectives on a batch: what a step computes but for the gradients."""
-    inputs = task.prepare(rng.key(cfg.seed), batch, state.step, task.static(0))
+    inputs = task.prepare(rng.key(cfg.seed), batch, state.step, static)
     variables, carry, found = Variables(state.params, state.stats, constants), None, []
     for objective in task.objectives:
         loss = objective.loss(variables, inputs, carry)

@@ -5,6 +5,7 @@ Resume, logging, evaluation, checkpoints and preemption are visible here; there 
 
 import contextlib
 import errno
+import functools
 import json
 import math
 import os
@@ -25,6 +26,7 @@ from dcae_jax import (
     checkpoint,
     distributed,
     optim,
+    programs,
     provenance,
     rng,
     sharding,
@@ -61,6 +63,7 @@ class Run:
     clock: progress.Clock
     evaluators: dict[str, Any]
     batches: pipeline.BatchIterator
+    programs: programs.Programs
     data: str  # fingerprint of the records
     record: dict[str, Any]  # what the task keeps in every checkpoint
     evaluated_at: int = -1  # steps after which the evaluators last ran to the end
@@ -233,19 +236,26 @@ def _start(
     first = int(jax.device_get(state.step))
     for line in describe_optimizers(task, state.params):
         say(line)
+    clock = progress.Clock(
+        cfg.batch, first, devices=mesh.size, cores=os.cpu_count() or 1,
+        carried=meta["clock"] if meta else {},
+    )  # fmt: skip
+    arguments = (*_shapes((state, constants)), abstract_batch(cfg, mesh))
     run = Run(
         cfg=cfg, workdir=workdir, mesh=mesh, task=task, state=state, shardings=shardings,
         constants=constants,
         checkpoints=checkpoints, preemption=preemption,
         writers=_writers(cfg, workdir, first),
-        clock=progress.Clock(
-            cfg.batch, first, devices=mesh.size, cores=os.cpu_count() or 1,
-            carried=meta["clock"] if meta else {},
-        ),
+        clock=clock,
         evaluators=evaluators,
         batches=cfg.data.batches(
             batch=cfg.batch, seed=cfg.seed, start_step=first,
             shard=pipeline.Shard(*sharding.row_shard(mesh)),
+        ),
+        programs=programs.Programs(
+            task, functools.partial(_trace, task, cfg, shardings, arguments), mesh, clock,
+            # Checkpoints of older versions do not have it.
+            carried=meta["programs"] if "programs" in meta else (),
         ),
         data=data, record=task.record(),
     )  # fmt: skip
@@ -343,19 +353,18 @@ def describe_optimizers(task: Task, params: Tree) -> list[str]:
 def _loop(run: Run) -> int:
     """Trains from the state's step to the end; returns the exit code."""
     cfg, clock, first, pending = run.cfg, run.clock, run.step(), run.pending
-    programs = _Programs(run)
     run.preemption.check()
     if run.evaluated_at < first:
         _evaluate(run, first)  # before the first step, or what a preemption interrupted
     if first < cfg.steps:
-        programs.get(run.task.static(first))
+        run.programs.start(first, cfg.steps, run.preemption.check)
     run.preemption.check()
     device_batches = sharding.Prefetch(run.batches, run.mesh)
     try:
         for k in range(first, cfg.steps):
             with clock.data_wait():
                 batch = next(device_batches)
-            program = programs.get(run.task.static(k))
+            program = run.programs.at(k, run.state)
             _profile(run, k)
             with jax.transfer_guard("disallow"):
                 run.state, metrics = program(run.state, run.constants, batch)
@@ -365,7 +374,7 @@ def _loop(run: Run) -> int:
             if len(pending) > 1 and not _healthy(run, pending[-2], k - 1):
                 return _stop(run, pending[-2], k - 1)
             if k % cfg.report.every == 0:
-                _log(run, k, pending[:-1], programs.flops)
+                _log(run, k, pending[:-1])
                 del pending[:-1]
             if done < cfg.steps:
                 _evaluate(run, done)
@@ -375,7 +384,7 @@ def _loop(run: Run) -> int:
         if pending and not _healthy(run, pending[-1], cfg.steps - 1):
             return _stop(run, pending[-1], cfg.steps - 1)
         if pending:
-            _log(run, cfg.steps, pending, programs.flops)
+            _log(run, cfg.steps, pending)
             pending.clear()
     finally:
         device_batches.close()
@@ -384,32 +393,21 @@ def _loop(run: Run) -> int:
     return DONE
 
 
-class _Programs:
-    """The compiled train step for each static key; ahead of time, so nothing can retrace."""
+def _trace(
+    task: Task, cfg: RunConfig, shardings: TrainState, arguments: tuple[Any, ...], static: Hashable
+) -> Any:
+    """The train step of a static key, traced for arguments of these shapes."""
+    return step.make_train_step(task, cfg, static, shardings).trace(*arguments)
 
-    def __init__(self, run: Run):
-        self._run = run
-        self._compiled: dict[Hashable, Callable[..., Any]] = {}
-        self.flops: float | None = None  # of one step, counted on the jaxpr
 
-    def get(self, static: Hashable) -> Callable[..., Any]:
-        """The executable; compiled at its first use."""
-        if static not in self._compiled:
-            run = self._run
-            with (
-                run.clock.pause("compile"),
-                progress.working("compiling the train step", enabled=distributed.is_main()),
-            ):
-                self._compiled[static] = self._compile(static)
-        return self._compiled[static]
-
-    def _compile(self, static: Hashable) -> Callable[..., Any]:
-        run = self._run
-        jitted = step.make_train_step(run.task, run.cfg, static, run.shardings)
-        batch = abstract_batch(run.cfg, run.mesh)
-        traced = jitted.trace(run.state, run.constants, batch)
-        self.flops = flops.count_jaxpr(traced.jaxpr.jaxpr).total
-        return traced.lower().compile()
+def _shapes(arrays: Tree) -> Tree:
+    """Shapes and placement; holds nothing of the arrays, which the steps donate."""
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(
+            x.shape, x.dtype, sharding=x.sharding, weak_type=x.weak_type
+        ),
+        arrays,
+    )
 
 
 def abstract_batch(cfg: RunConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
@@ -472,7 +470,7 @@ def _stop(run: Run, metrics: Row, k: int) -> int:
 # -------------------------------------------------------------------------------------- reporting
 
 
-def _log(run: Run, done: int, pending: list[Row], step_flops: float | None) -> None:
+def _log(run: Run, done: int, pending: list[Row]) -> None:
     """One console line and one row of metrics: means over the interval that ends at step `done`."""
     if not pending:
         return
@@ -484,7 +482,7 @@ def _log(run: Run, done: int, pending: list[Row], step_flops: float | None) -> N
     interval = run.clock.interval(done)
     memory = jax.local_devices()[0].memory_stats() or {}
     speed = interval.images_per_s
-    used, basis = _mfu(run, step_flops, interval)
+    used, basis = _mfu(run, run.programs.logged(done, interval), interval)
     status = progress.Status(
         step=done, total=run.cfg.steps, loss=means["loss"], images_per_s=speed,
         devices=run.mesh.size, mfu=used, mfu_basis=basis, data_wait=interval.data_wait,
@@ -575,8 +573,8 @@ def _save(run: Run, wait: bool = False) -> None:
     with run.clock.pause("checkpoint"):
         rows = [{k: float(v) for k, v in row.items()} for row in jax.device_get(run.pending)]
         meta = provenance.meta(run.cfg, run.data) | run.record | {
-            "clock": run.clock.totals(), "evaluated_at": run.evaluated_at, "scores": run.scores,
-            "pending": rows, "bad_steps": run.bad_steps,
+            "clock": run.clock.totals(), "programs": run.programs.totals(), "scores": run.scores,
+            "evaluated_at": run.evaluated_at, "pending": rows, "bad_steps": run.bad_steps,
         }  # fmt: skip
         fresh = run.evaluated_at == run.step()
         run.checkpoints.save(run.state, meta, run.scores if fresh else None)
@@ -596,16 +594,18 @@ def _finish(run: Run) -> None:
         with progress.working(f"closing {name}", enabled=distributed.is_main()):
             baselines[name] = evaluator.baselines()
     if distributed.is_main():
-        totals = run.clock.totals()
+        totals, programs_run = run.clock.totals(), run.programs.summary()
+        totals |= {"programs": programs_run} if programs_run else {}
         provenance.write_summary(run.workdir, run.cfg, run.task, totals, baselines)
         html.build_report([run.workdir], run.workdir / "report.html")
-        say(phases.end_table([run.workdir]))
+        say("\n".join([phases.end_table([run.workdir]), *run.programs.table()]))
         say(f"report: {run.workdir / 'report.html'}")
 
 
 def _close(run: Run) -> None:
     """Closes all, in this order, also if one of them fails."""
     with contextlib.ExitStack() as stack:
+        stack.callback(run.programs.close)
         stack.callback(run.checkpoints.close)
         for writer in run.writers:
             stack.callback(writer.close)

@@ -42,7 +42,7 @@ LAYERS = (
     ("checkpoint",),
     ("autoencoder", "generator", "online"),
     ("evals",),
-    ("provenance", "recipes", "diffusion_recipes", "mask_recipes", "backend"),
+    ("provenance", "recipes", "diffusion_recipes", "mask_recipes", "backend", "programs"),
     ("train", "codec"),
     ("inspect",),
     ("bench", "studies", "cli", "__main__"),

@@ -18,7 +18,7 @@ import json
 import math
 from collections.abc import Hashable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -391,7 +391,7 @@ def read(workdir: epath.Path, arm: Arm, cfg: RunConfig) -> Result:
     summary = json.loads((workdir / "summary.json").read_text())
     total = costs(cfg)
     rows = writers.read_metrics(workdir)
-    clock = _seconds(rows, cfg.batch)
+    clock = _seconds(rows, summary, cfg)
     key = f"{cfg.evals[0].name}/{'psnr_pixel_masked' if arm.fills else 'loss'}"
     curve = [
         Point(k, float(total[k - 1]), clock[k], float(row[key]))
@@ -405,23 +405,35 @@ def read(workdir: epath.Path, arm: Arm, cfg: RunConfig) -> Result:
     )  # fmt: skip
 
 
-def _seconds(rows: list[dict[str, float]], batch: int) -> dict[int, float]:
-    """{step: seconds of training up to there}, of the speeds that were logged.
+def _seconds(
+    rows: list[dict[str, float]], summary: dict[str, Any], cfg: RunConfig
+) -> Float64[np.ndarray, " steps1"]:
+    """Seconds of training up to each step, pauses left out.
 
-    The interval that holds the first step of a process has no speed: it takes the next one's.
+    A program's steps take what they took while nothing was compiled beside them; where that was
+    never the case, and in runs with one program alone, what the log says.
     """
-    logged = [row for row in rows if "train/images_per_s" in row]
-    speeds = [row["train/images_per_s"] for row in logged]
-    known = [v for v in speeds if math.isfinite(v)]
-    found, before, total = {0: 0.0}, 0, 0.0
-    for row, speed in zip(logged, speeds, strict=True):
-        k = int(row["step"])
-        total += (k - before) * batch / (speed if math.isfinite(speed) else known[0])
-        found[k], before = total, k
-    steps = np.asarray(sorted(found))
-    values = np.asarray([found[k] for k in steps])
-    wanted = range(int(steps[-1]) + 1)
-    return dict(zip(wanted, np.interp(wanted, steps, values).tolist(), strict=True))
+    each = _logged_seconds(rows, cfg.batch, cfg.steps)
+    programs = summary["programs"] if "programs" in summary else []
+    timed = {p["program"]: p["ms_per_step"] for p in programs}
+    if timed:
+        task = cfg.task.build(cfg)
+        for k in range(cfg.steps):
+            if ms := timed[str(task.static(k))]:
+                each[k] = ms / 1e3
+    return np.concatenate([[0.0], np.cumsum(each)])
+
+
+def _logged_seconds(
+    rows: list[dict[str, float]], batch: int, steps: int
+) -> Float64[np.ndarray, " steps"]:
+    """Of each step, by the speed of its interval; one without a speed takes the next one's."""
+    found = np.zeros(steps)
+    for row in sorted(rows, key=lambda row: -row["step"]):
+        speed = row.get("train/images_per_s", math.nan)
+        if math.isfinite(speed):
+            found[: int(row["step"])] = batch / speed
+    return found
 
 
 def record(study: Study) -> dict[str, object]:

@@ -72,13 +72,25 @@ def test_costs_add_up_over_the_programs() -> None:
 
 def test_seconds_are_those_of_the_logged_speeds() -> None:
     rows = [
-        {"step": 10, "train/images_per_s": float("nan")}, {"step": 5, "eval/loss": 1.0},
+        {"step": 10, "train/images_per_s": float("nan")}, {"step": 15, "eval/loss": 1.0},
         {"step": 20, "train/images_per_s": 40.0}, {"step": 30, "train/images_per_s": 80.0},
     ]  # fmt: skip
-    found = masking._seconds(rows, 8)
+    cfg = masking.arm_config(masking.quick(), Arm(PLAIN, 0), LATENTS)
+    cfg.steps, cfg.batch = 30, 8
+    found = masking._seconds(rows, {}, cfg)
     # The first interval has no speed and takes the next one's: 10 steps of 8 at 40 / s.
-    assert found[0] == 0.0 and found[10] == 2.0 and found[20] == 4.0 and found[30] == 5.0
-    assert found[25] == 4.5
+    assert found[[0, 10, 20, 25, 30]] == pytest.approx([0.0, 2.0, 4.0, 4.5, 5.0])
+
+
+def test_seconds_of_a_program_are_those_it_took_alone() -> None:
+    cfg = masking.arm_config(masking.quick(), Arm("cosine", 0), LATENTS)
+    first, *others = cfg.task.build(cfg).statics(0, cfg.steps)
+    programs = [{"program": str(first), "ms_per_step": None}]
+    programs += [{"program": str(key), "ms_per_step": 250.0} for key in others]
+    rows = [{"step": cfg.steps, "train/images_per_s": cfg.batch / 2.0}]
+    each = np.diff(masking._seconds(rows, {"programs": programs}, cfg))
+    # 2 s where nothing else is known, a quarter where the program was timed.
+    assert each[0] == pytest.approx(2.0) and each[-1] == pytest.approx(0.25)
 
 
 # --------------------------------------------------------------------------------- what is said
