@@ -38,7 +38,7 @@ LAYERS = (
     ("tasks", "convert"),
     ("step", "report"),
     ("checkpoint",),
-    ("autoencoder", "generator", "online"),
+    ("autoencoder", "generator", "online", "inpainting"),
     ("evals",),
     ("provenance", "recipes", "diffusion_recipes", "backend"),
     ("train", "codec"),
