@@ -41,7 +41,7 @@ class Rounding(enum.Enum):
     """From the share of masked tokens to the number of visible ones."""
 
     nearest = "nearest"  # in the table: few programs, costs what the schedule costs
-    up = "up"  # the next larger one in the table: never masks more than the schedule says
+    up = "up"  # `exact` or the next larger one in the table: never masks more than exact does
     exact = "exact"  # rounded down, as LMD's code does it: as many programs as there are numbers
 
 
@@ -97,7 +97,7 @@ class MaskConfig:
         """The share of masked tokens at `step` (0-based) of `steps`; host numbers, float64."""
         ramp = self.ramp or (1.0 if self.kind is MaskKind.linear else 2 / 3)
         full = max(ramp * steps, 1.0)
-        k = np.asarray(step, np.float64)
+        k = np.atleast_1d(np.asarray(step, np.float64))
         if self.kind is MaskKind.constant:
             found = np.full_like(k, self.end)
         elif self.kind is MaskKind.linear:
@@ -107,9 +107,9 @@ class MaskConfig:
             found = np.interp(k, [0, full / 4, full / 2, full], values)
         else:
             done = np.minimum(k / max(math.floor(full + _ROUNDING), 1), 1.0)
-            curve = _squared_cosine(done) / _squared_cosine(np.float64(0))
+            curve = _squared_cosine(done) / _squared_cosine(np.zeros(1))
             found = self.start + (self.end - self.start) * (1 - curve)
-        return found if np.ndim(step) else float(found)
+        return found if np.ndim(step) else float(found[0])
 
     def table(self, tokens: int) -> tuple[int, ...]:
         """The numbers of visible tokens that `nearest` and `up` choose from, and all of them."""
@@ -120,11 +120,12 @@ class MaskConfig:
     ) -> Int64[np.ndarray, " n"]:  # fmt: skip
         """The numbers of visible tokens at these shares of masked ones."""
         visible = tokens * (1 - ratio)
+        exact = np.floor(visible + _ROUNDING).astype(np.int64)
         if self.rounding is Rounding.exact:
-            return np.floor(visible + _ROUNDING).astype(np.int64)
+            return exact
         table = np.asarray(self.table(tokens))
         if self.rounding is Rounding.up:
-            return table[np.searchsorted(table, visible - _ROUNDING)]
+            return table[np.searchsorted(table, exact)]
         distance = np.abs(table[::-1] - visible[:, None])  # of two equally near ones the larger
         return table[::-1][distance.argmin(axis=1)]
 

@@ -26,6 +26,7 @@ DIFFUSION = {
     "paper_usit": ("h,f32", "2b,f64"), "paper_dit": ("xl,f32", "s,f8"),
     "md_uvit": ("h,f32,curriculum", "2b,f64,maskdit", "s,f8,lmd"),
     "modern_dit": ("xl,f32", "s,f128,online"), "modern_usit": ("h,f32", "s,f64,online"),
+    "lmd": ("b,f8", "l,f32", "h,f64"),
 }  # fmt: skip
 PHASED = [path for path in CONFIGS if path.stem not in DIFFUSION]
 PHASES = ("phase1", "phase2", "phase3")
@@ -292,6 +293,17 @@ def test_promise_9_diffusion_config_resolves_validates_and_survives_json(name, a
     assert cfg.data.shape == (*cfg.task.model.input_size, cfg.task.model.in_channels)
     where = operator.attrgetter("autoencoder" if arg.endswith("online") else "path")
     assert where(cfg.evals[0].data) == where(cfg.data)
+
+
+@pytest.mark.parametrize("size", ["b", "l", "h"])
+def test_promise_9_the_pixel_baseline_resolves_validates_and_survives_json(size):
+    cfg = config.resolve(flags.load(f"{ROOT}/configs/lmd.py:mae,{size}"))
+    config.validate(cfg)
+    again = config.from_json(json.loads(config.dumps(cfg)))
+    assert again == cfg and config.dumps(config.resolve(again)) == config.dumps(cfg)
+    assert cfg.task.latent_shape == (*[cfg.data.resolution] * 2, 3)
+    with pytest.raises(UserError, match="is not SIZE,LATENT"):
+        flags.load(f"{ROOT}/configs/lmd.py:mae,x")
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
