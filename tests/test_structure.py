@@ -24,6 +24,7 @@ CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 DIFFUSION = {
     "demo_diffusion": ("",), "paper_uvit": ("s,f32", "h,f64", "2b,f64", "s,f8"),
     "paper_usit": ("h,f32", "2b,f64"), "paper_dit": ("xl,f32", "s,f8"),
+    "md_uvit": ("h,f32,curriculum", "2b,f64,maskdit", "s,f8,lmd"),
     "modern_dit": ("xl,f32", "s,f128,online"), "modern_usit": ("h,f32", "s,f64,online"),
     "lmd": ("b,f8", "l,f32", "h,f64"),
 }  # fmt: skip
@@ -41,7 +42,7 @@ LAYERS = (
     ("checkpoint",),
     ("autoencoder", "generator", "online", "inpainting"),
     ("evals",),
-    ("provenance", "recipes", "diffusion_recipes", "backend"),
+    ("provenance", "recipes", "diffusion_recipes", "mask_recipes", "backend"),
     ("train", "codec"),
     ("inspect",),
     ("bench", "studies", "cli", "__main__"),
