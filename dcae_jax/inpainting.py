@@ -30,6 +30,7 @@ from dcae_jax.diffusion.samplers import SamplerConfig
 from dcae_jax.errors import UserError
 from dcae_jax.tasks.base import Fills, Task, Variables
 from dcae_jax.tasks.diffuse import DiffuseTask
+from dcae_jax.tasks.mask_diffuse import MaskDiffuseConfig
 
 Pixelwise = Bool[np.ndarray, "h w"]
 Cellwise = Bool[np.ndarray, "rows columns"]
@@ -211,7 +212,7 @@ def _drawn_pixels(mask: Drawn, image: tuple[int, int], size: int) -> Pixelwise:
     return scaled[top : top + size, left : left + size]
 
 
-def any_below(mask: Pixelwise, height: int) -> Pixelwise:
+def any_below(mask: Pixelwise, height: int) -> Bool[np.ndarray, "h2 w"]:
     """Resized to that height: a row is masked where any row of the mask that it covers is."""
     edges = np.arange(height + 1) * len(mask) / height
     first, last = np.floor(edges[:-1]).astype(int), np.ceil(edges[1:]).astype(int)
@@ -267,7 +268,9 @@ def with_known(
 
     There it says x0 and eps themselves, so that any sampler stays on that path: x_t =
     alpha x0 + sigma eps, with one eps for the whole run (as RePaint, arXiv 2201.09865, without its
-    draws at each step).
+    draws at each step).  Samples are exact where the known tokens determine the others; elsewhere,
+    since the network sees the known ones only under noise, they keep too near to what it would draw
+    without them.
     """
 
     def replaced(x: Latents, t: Times) -> Prediction:
@@ -301,6 +304,17 @@ def mode_problem(task: Task, mode: Mode) -> str | None:
         return (
             f"mode {mode.value} needs a network with a head for masked tokens (x0), and this one "
             "has only learned to remove noise; use diffusion"
+        )
+    stages = task.cfg.stages if isinstance(task.cfg, MaskDiffuseConfig) else []
+    if stages and mode.samples and not any(s.diffusion for s in stages):
+        return (
+            f"mode {mode.value} needs a diffusion model, and no stage of this run has diffusion "
+            "above 0; use reconstruct or progressive"
+        )
+    if stages and mode.fills and not any(s.reconstruction or s.rehearse_every for s in stages):
+        return (
+            f"mode {mode.value} needs a trained head for masked tokens (x0), and no stage of this "
+            "run has reconstruction above 0; use diffusion"
         )
     return None
 

@@ -117,11 +117,8 @@ def test_config_fields_that_the_readme_shows_exist():
     from dcae_jax.errors import UserError
 
     paths = sorted((ROOT / "configs").glob("*.py"))
-    phased = [
-        p
-        for p in paths
-        if not p.stem.startswith(("paper_", "modern_", "md_", "demo_diffusion", "lmd"))
-    ]
+    others = ("paper_", "modern_", "md_", "demo_diffusion", "lmd")  # they have no phases
+    phased = [p for p in paths if not p.stem.startswith(others)]
     cfgs = [flags.load(f"{p}:phase3" if p in phased else str(p)) for p in paths]
     cfgs.append(flags.load(f"{ROOT}/configs/modern_dit.py:s,f32,online"))
     named = set(re.findall(r"--config\.([\w.\[\]]+)", text("README.md")))

@@ -40,7 +40,7 @@ LAYERS = (
     ("tasks", "convert"),
     ("step", "report"),
     ("checkpoint",),
-    ("autoencoder", "generator", "online"),
+    ("autoencoder", "generator", "online", "inpainting"),
     ("evals",),
     ("provenance", "recipes", "diffusion_recipes", "mask_recipes", "backend", "programs"),
     ("train", "codec"),

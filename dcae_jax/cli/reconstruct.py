@@ -214,21 +214,21 @@ def _cells(original: "Pixels", reconstruction: "Pixels") -> "list[np.ndarray]":
     from dcae_jax.report import images as pictures
 
     error = pictures.error_map(original, reconstruction, _GAIN)
-    return [_fitted(picture) for picture in (original, reconstruction, error)]
+    return [fitted(picture) for picture in (original, reconstruction, error)]
 
 
 _GAIN = 4.0
 
 
-def _fitted(picture: "Pixels") -> "Pixels":
+def fitted(picture: "Pixels", side: int = _CELL) -> "Pixels":
     """Large ones as means over pixels; small ones with each pixel repeated."""
     import numpy as np
     from PIL import Image
 
-    if (times := _CELL // max(picture.shape[:2])) > 1:
+    if (times := side // max(picture.shape[:2])) > 1:
         return picture.repeat(times, axis=0).repeat(times, axis=1)
     image = Image.fromarray(picture)
-    image.thumbnail((_CELL, _CELL), Image.Resampling.BOX)
+    image.thumbnail((side, side), Image.Resampling.BOX)
     return np.asarray(image)
 
 
@@ -249,7 +249,11 @@ def _write_grid(
 
 
 def _label(row: dict[str, Any]) -> str:
-    """Name, size and PSNR; of a long name the end, which tells files of a folder apart."""
-    name = row["name"] if len(row["name"]) <= _LABEL else f"...{row['name'][3 - _LABEL :]}"
+    """Name, size and PSNR."""
     psnr = "identical" if row["psnr"] is None else f"{row['psnr']:.1f} dB"
-    return f"{name}\n{row['width']} x {row['height']}\n{psnr}"
+    return f"{short_name(row['name'])}\n{row['width']} x {row['height']}\n{psnr}"
+
+
+def short_name(name: str) -> str:
+    """Of a long name the end, which tells files of a folder apart."""
+    return name if len(name) <= _LABEL else f"...{name[3 - _LABEL :]}"

@@ -32,6 +32,7 @@ from dcae_jax.tasks.base import Batch, Inputs, Loss, Metrics, Variables
 from dcae_jax.tasks.diffuse import DiffuseConfig, DiffuseTask, Draws
 from dcae_jax.tasks.latents import Latents
 from dcae_jax.tasks.mask_latents import AsksTimes
+from dcae_jax.tree import Tree
 
 # Below it a batch of almost pure noise counts less, instead of dividing by zero.
 LEAST_WEIGHT = 1e-6
@@ -465,7 +466,7 @@ class MaskDiffuseTask(DiffuseTask):
         return Loss({"loss": loss}, {"loss": loss, **found, **metrics}, {}, None)
 
     def _objectives(
-        self, variables: Variables, x: Batch, normal: Latents, plan: Plan
+        self, variables: Variables, x: Tree, normal: Latents, plan: Plan
     ) -> Metrics:  # fmt: skip
         """The terms of this plan, not weighted; what has no weight is not computed."""
         split = x["split"] if "split" in x else None
@@ -504,7 +505,7 @@ class MaskDiffuseTask(DiffuseTask):
         )  # fmt: skip
 
     def _diffusion(
-        self, output: Latents, x: Batch, normal: Latents, x_t: Latents, split: Split | None
+        self, output: Latents, x: Tree, normal: Latents, x_t: Latents, split: Split | None
     ) -> Float[Array, ""]:
         """The loss at visible tokens of noisy examples; with fill = carry at all tokens."""
         if split is None or Fill(self.cfg.model.fill) is Fill.carry:
@@ -517,7 +518,7 @@ class MaskDiffuseTask(DiffuseTask):
         return jnp.sum(x["diffusion_weight"] * each)
 
     def _reconstruction(
-        self, recon: Latents, x: Batch, normal: Latents, x_t: Latents, split: Split
+        self, recon: Latents, x: Tree, normal: Latents, x_t: Latents, split: Split
     ) -> Float[Array, ""]:
         """The squared error of the second head at masked tokens."""
         patch = self.cfg.model.patch
