@@ -62,8 +62,8 @@ def _against(study: Study, kind: str, other: str, metric: str) -> str:
         at_flops(a.curve, reach) - at_flops(b.curve, reach) for a, b in zip(one, two, strict=True)
     ]
     return (
-        f"{LABELS[kind]} against {LABELS[other]}: {verdict(whole, 'dB')} after equal steps, for "
-        f"{cost:.2f} times the FLOPs; {verdict(equal, 'dB')} at equal FLOPs."
+        f"{LABELS[kind]} against {LABELS[other]}: {verdict(whole, 'dB')} after equal steps, "
+        f"{verdict(equal, 'dB')} at equal FLOPs; a step takes {cost:.2f} times the FLOPs."
     )
 
 
@@ -85,8 +85,8 @@ def verdict(gaps: Sequence[float], unit: str, digits: int = 2) -> str:
     mean, spread = statistics.fmean(gaps), max(gaps) - min(gaps)
     shows = len({gap > 0 for gap in gaps}) == 1 and abs(mean) > spread
     seeds = ", ".join(f"{gap:+.{digits}f}" for gap in gaps)
-    text = f"{mean:+.{digits}f}{' ' + unit if unit else ''} (seeds: {seeds})"
-    return text if shows else f"{text}, which does not show at this size"
+    note = "" if shows else "; below their spread"
+    return f"{mean:+.{digits}f}{' ' + unit if unit else ''} (seeds: {seeds}{note})"
 
 
 def at_flops(curve: Sequence[Point], spent: float) -> float:
