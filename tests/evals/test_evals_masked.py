@@ -120,9 +120,9 @@ def test_whitened_tokens_are_scored_as_the_loss_has_them():
 
 
 def test_mistakes_are_named():
-    for ratio in (0.01, 0.99):
-        with pytest.raises(UserError, match="choose ratios that mask some and leave some"):
-            evaluator(ratios=(ratio,))
+    with pytest.raises(UserError, match=r"leaves none of 16 tokens visible; .* is 0\.94"):
+        evaluator(ratios=(0.99,))
+    assert evaluator(ratios=(0.01, 0.93))[0]._keeps == [15, 1]
     diffusion = diffusing.make(evals=[])
     with pytest.raises(UserError, match="asks for masked tokens, and the task of this run"):
         evaluator(diffusion)
