@@ -8,6 +8,7 @@ Python int, chosen from a short table, and each number of the table is a program
 import enum
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import flax.struct
 import jax
@@ -161,8 +162,9 @@ def _spread(tokens: int) -> tuple[int, ...]:
 class Split:
     """Which tokens of each example are visible: the first `keep` of an order of all tokens."""
 
-    order: Int[Array, "b n"]  # the tokens, visible ones first
-    inverse: Int[Array, "b n"]  # where each token stands in that order
+    # int[b, n] both; a tree of shapes has those here, and of microbatches more dimensions.
+    order: Any  # the tokens, visible ones first
+    inverse: Any  # where each token stands in that order
     keep: int = flax.struct.field(pytree_node=False)
 
     @property
