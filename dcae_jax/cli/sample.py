@@ -263,7 +263,7 @@ def load(model: Model, mesh: "Mesh") -> "tuple[DiffuseTask, Variables]":
 
     from dcae_jax import checkpoint, sharding
     from dcae_jax.errors import UserError
-    from dcae_jax.tasks import diffuse
+    from dcae_jax.tasks import latents
     from dcae_jax.tasks.base import Variables
 
     task = model.run.task.build(model.run)
@@ -277,7 +277,7 @@ def load(model: Model, mesh: "Mesh") -> "tuple[DiffuseTask, Variables]":
             f"step {model.meta['step']} of {model.option} {model.source} is damaged (see above); "
             f"to sample from the valid step before it, name that: .../checkpoints/{found.step}"
         )
-    constants = {"norm": diffuse.normalisation(model.run.task.latent_norm, model.manifest)}
+    constants = {"norm": latents.normalisation(model.run.task.latent_norm, model.manifest)}
     variables = Variables(found.params, {}, constants)
     return task, jax.device_put(variables, sharding.replicated(mesh))
 
