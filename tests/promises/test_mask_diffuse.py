@@ -136,6 +136,7 @@ def test_parameters_that_are_not_the_masks_may_not_be_missing(tmp_path):
         diffusing.run(cfg, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_the_sample_command_draws_from_it(tmp_path, monkeypatch):
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     monkeypatch.setattr(sample, "_mesh", lambda: mesh)
