@@ -51,7 +51,7 @@ STDDEV = 0.02
 NORM_EPS = 1e-6
 
 Image = Float[Array, "b h w c"]
-Hidden = Float[Array, "b n d"]
+Hidden = Float[Array, "b m d"]  # the class token and visible tokens
 
 XAVIER = nn.initializers.xavier_uniform()
 

@@ -70,7 +70,11 @@ def fresh(cfg: Any, seed: int = 0) -> Any:
 
 def golden(name: str, cfg: Any) -> None:
     """Paths and shapes are those of tests/golden/params_NAME.txt."""
-    tree = flatten(transformer.abstract_variables(cfg))
+    golden_text(name, flatten(transformer.abstract_variables(cfg)))
+
+
+def golden_text(name: str, tree: dict[str, Any]) -> None:
+    """The same of shapes by path."""
     text = "".join(f"{path} {leaf.shape}\n" for path, leaf in tree.items())
     file = GOLDEN / f"params_{name}.txt"
     if not file.exists() or file.read_text() != text:
