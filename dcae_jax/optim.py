@@ -10,12 +10,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
 from dcae_jax import tree
-from dcae_jax.config import OptimConfig, Optimizer, Schedule
+from dcae_jax.config import GroupConfig, OptimConfig, Optimizer, Schedule
 from dcae_jax.tree import Tree
+
+Multiplier = float | np.ndarray  # for a leaf, or for each layer of a stack
 
 
 def learning_rate(cfg: OptimConfig, steps: int, step: int | Int[Array, ""]) -> Float[Array, ""]:
@@ -43,17 +46,51 @@ def first_step(share: float, steps: int) -> int:
     return math.ceil(round(share * steps, 6))  # 0.55 * 100 is a little above 55
 
 
-def group_of(cfg: OptimConfig, path: str) -> tuple[str, float, float]:
-    """(pattern, lr multiplier, weight-decay multiplier) of a parameter; the first match counts."""
+def group_of(cfg: OptimConfig, *names: str) -> tuple[str, float, float]:
+    """(pattern, lr multiplier, weight-decay multiplier) of a parameter; the first match counts.
+
+    `names`: its path, or for a layer of a stack its own name and that of the stored leaf.
+    """
     for group in cfg.groups:
-        if re.search(group.pattern, path):
+        if any(re.search(group.pattern, name) for name in names):
             return group.pattern, group.lr, group.weight_decay
     return "(default)", 1.0, 1.0
 
 
+def layer_decay_groups(depth: int, decay: float, trunk: str = "net/encoder") -> list[GroupConfig]:
+    """Groups for fine-tuning a transformer: the deeper a layer, the more it learns.
+
+    The rate of layer i of `depth` + 2 is times decay^(depth + 1 - i): 0 are embedding, class token
+    and positions, i + 1 is block i, and the last is the rest (final norm, head).  Biases, scales
+    and the class token do not decay.  Source: BEiT and MAE (arXiv 2111.06377, table 9).
+    """
+    patterns = [rf"^{trunk}/(patch_embed/|cls$|pos_embed$)"]
+    patterns += [rf"^{trunk}/blocks/{i}/" for i in range(depth)] + [""]
+    groups = []
+    for i, pattern in enumerate(patterns):
+        rate = decay ** (depth + 1 - i)
+        flat = rf"{pattern}(.*/)?(bias|scale)$" if pattern else r"(^|/)(bias|scale)$"
+        if i == 0:
+            flat = rf"^{trunk}/(patch_embed/bias|cls)$"
+        groups += [GroupConfig(flat, rate, 0.0), GroupConfig(pattern, rate, 1.0)]
+    return groups
+
+
+def _groups_of(cfg: OptimConfig, path: str, leaf: Any) -> list[tuple[str, float, float]]:
+    """The group of each layer of a leaf."""
+    return [group_of(cfg, name, path) for name in tree.canonical(path, leaf)]
+
+
 def _multipliers(cfg: OptimConfig, params: Tree, which: int) -> Tree:
-    flat = tree.flatten(params)
-    return tree.unflatten({path: group_of(cfg, path)[which] for path in flat})
+    """A number for each leaf, or a vector along its layers where they differ."""
+
+    def of(path: str, leaf: Any) -> float | np.ndarray:
+        values = [group[which] for group in _groups_of(cfg, path, leaf)]
+        if len(set(values)) == 1:
+            return values[0]
+        return tree.along_layers(np.asarray(values, np.float32), leaf)
+
+    return tree.unflatten({path: of(path, leaf) for path, leaf in tree.flatten(params).items()})
 
 
 class AdanState(NamedTuple):
@@ -106,7 +143,9 @@ def _direction(cfg: OptimConfig) -> optax.GradientTransformation:
     return optax.scale_by_adam(b1=cfg.beta1, b2=cfg.beta2, eps=cfg.eps)
 
 
-def _decayed(cfg: OptimConfig, u: Array, p: Array, rate: Array, r: float, d: float) -> Array:
+def _decayed(
+    cfg: OptimConfig, u: Array, p: Array, rate: Array, r: Multiplier, d: Multiplier
+) -> Array:
     """What is added to a parameter p: r and d are its group's multipliers.
 
     AdamW: -rate (u + decay p).  Adan's decay is proximal: p to (p - rate u) / (1 + rate decay).
@@ -129,7 +168,7 @@ def make(cfg: OptimConfig, params: Tree) -> optax.GradientTransformationExtraArg
     def scale(
         updates: Tree, state: Any, params: Tree, *, learning_rate: Array, **_: Any
     ) -> tuple[Tree, Any]:
-        def leaf(u: Array, p: Array, r: float, d: float) -> Array:
+        def leaf(u: Array, p: Array, r: Multiplier, d: Multiplier) -> Array:
             return _decayed(cfg, u, p, learning_rate, r, d)
 
         return jax.tree.map(leaf, updates, params, lr, decay), state
@@ -142,11 +181,18 @@ def make(cfg: OptimConfig, params: Tree) -> optax.GradientTransformationExtraArg
     )
 
 
-def table(cfg: OptimConfig, params: Tree) -> list[tuple[str, int, float, float]]:
-    """Rows (group, parameters, learning rate, weight decay) for the printed table."""
+def table(
+    cfg: OptimConfig, params: Tree, trainable: str = ".*"
+) -> list[tuple[str, int, float, float]]:
+    """Rows (group, parameters, learning rate, weight decay) for the printed table.
+
+    Layers of `params` that `trainable` does not match are a row of their own.
+    """
     rows: dict[str, list[float]] = {}
     for path, leaf in tree.flatten(params).items():
-        name, lr, decay = group_of(cfg, path)
-        row = rows.setdefault(name, [0, lr * cfg.lr, decay * cfg.weight_decay])
-        row[0] += leaf.size
+        groups = _groups_of(cfg, path, leaf)
+        for group, moves in zip(groups, tree.selected(path, leaf, trainable), strict=True):
+            name, lr, decay = group if moves else ("(frozen layers)", 0.0, 0.0)
+            row = rows.setdefault(name, [0, lr * cfg.lr, decay * cfg.weight_decay])
+            row[0] += leaf.size // len(groups)
     return [(name, int(n), lr, decay) for name, (n, lr, decay) in rows.items()]

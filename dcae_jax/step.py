@@ -132,14 +132,19 @@ def accumulate(
 def _update(
     objective: Objective, cfg: RunConfig, state: TrainState, grads: dict[str, Tree]
 ) -> tuple[Tree, optax.OptState, Metrics]:
-    """(new trainable parameters, optimizer state, metrics) of one objective."""
+    """(new trainable parameters, optimizer state, metrics) of one objective.
+
+    Frozen layers of a stack that trains in part have gradient 0 and stay as they are, bit by bit.
+    """
     name = objective.name
     grad, metrics = objective.combine(grads, state.step)
+    grad = tree.only_selected(grad, objective.trainable, 0.0)
     trainable, _ = tree.partition(state.params, objective.trainable)
     rate = optim.learning_rate(objective.optim, cfg.steps, state.step)
     updates, opt = optim.make(objective.optim, trainable).update(
         grad, state.opt[name], trainable, learning_rate=rate
     )
+    updates = tree.only_selected(updates, objective.trainable, -0.0)  # x + -0 is x, for -0 too
     metrics |= {
         f"{name}/lr": rate,
         f"{name}/grad_norm": optax.tree.norm(grad),

@@ -342,7 +342,7 @@ def describe_optimizers(task: Task, params: Tree) -> list[str]:
     lines = ["objective  group                        parameters         lr   weight decay"]
     for objective in task.objectives:
         trainable, _ = tree.partition(params, objective.trainable)
-        for name, count, lr, decay in optim.table(objective.optim, trainable):
+        for name, count, lr, decay in optim.table(objective.optim, trainable, objective.trainable):
             lines.append(f"{objective.name:10s} {name:28s} {count:>10,} {lr:>10.2e} {decay:>14.3g}")
     return lines
 

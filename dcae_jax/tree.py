@@ -1,12 +1,18 @@
 """Parameter trees and their paths.  A path ("ae/encoder/conv_in/kernel") is public API: freezing,
 `init_from`, optimizer groups and conversion speak in paths.
+
+Equal layers are stored stacked, below a component that ends in "blocks": each leaf there has a
+leading layer axis.  Their canonical names are per layer: layer 3 of `net/blocks/attn/qkv/kernel` is
+`net/blocks/3/attn/qkv/kernel`.  Patterns may speak of a layer, or of the leaf as it is stored.
 """
 
 import re
 from typing import Any
 
 import jax
+import numpy as np
 from flax import traverse_util
+from jaxtyping import Bool
 
 from dcae_jax.errors import UserError
 
@@ -23,18 +29,67 @@ def unflatten(flat: dict[str, Any]) -> Tree:
     return traverse_util.unflatten_dict(flat, sep="/")
 
 
+_STACKED = re.compile(r"(.*?[^/]*blocks)/(.+)")
+
+
+def canonical(path: str, leaf: Any) -> list[str]:
+    """The names of a leaf (an array or a shape): one for each layer of a stack."""
+    found = _STACKED.fullmatch(path)
+    if not found or not leaf.ndim:
+        return [path]
+    return [f"{found[1]}/{i}/{found[2]}" for i in range(leaf.shape[0])]
+
+
+def selected(path: str, leaf: Any, pattern: str) -> Bool[np.ndarray, " n"]:
+    """Which layers of a leaf fully match the regex, by their names or that of the stored leaf."""
+    names = canonical(path, leaf)
+    if re.fullmatch(pattern, path):
+        return np.ones(len(names), bool)
+    return np.asarray([re.fullmatch(pattern, name) is not None for name in names])
+
+
+def along_layers(values: Any, leaf: Any) -> np.ndarray:
+    """One value for each layer of a leaf, shaped to be broadcast against it."""
+    return np.asarray(values).reshape(-1, *[1] * (leaf.ndim - 1))
+
+
+def only_selected(tree: Tree, pattern: str, other: float) -> Tree:
+    """The leaves with `other` in the layers that the regex does not match.
+
+    A leaf that it matches, or does not match, as a whole comes back as it is.
+    """
+
+    def layers(path: str, leaf: Any) -> Any:
+        chosen = selected(path, leaf, pattern)
+        if chosen.all() or not chosen.any():
+            return leaf
+        return jax.numpy.where(along_layers(chosen, leaf), leaf, other)
+
+    return unflatten({path: layers(path, leaf) for path, leaf in flatten(tree).items()})
+
+
+def sizes(tree: Tree, pattern: str) -> tuple[int, int]:
+    """Numbers of scalars (in layers that match the regex, in the others)."""
+    partition(tree, pattern)  # says what is wrong with the regex
+    inside = sum(
+        round(leaf.size * selected(path, leaf, pattern).mean())
+        for path, leaf in flatten(tree).items()
+    )
+    return inside, size(tree) - inside
+
+
 def partition(tree: Tree, pattern: str) -> tuple[Tree, Tree]:
-    """Splits into (leaves whose path fully matches the regex, the others)."""
+    """Splits into (leaves with a layer that fully matches the regex, the others)."""
     try:
-        regex = re.compile(pattern)
+        re.compile(pattern)
     except re.error as e:
         raise UserError(f"the pattern {pattern!r} is not a regular expression: {e}") from e
     flat = flatten(tree)
-    hit = {k: v for k, v in flat.items() if regex.fullmatch(k)}
+    hit = {k: v for k, v in flat.items() if selected(k, v, pattern).any()}
     if not hit:
         raise UserError(
             f"the pattern {pattern!r} matches no parameter; paths look like "
-            + ", ".join(list(flat)[:3])
+            + ", ".join(canonical(k, v)[-1] for k, v in list(flat.items())[:3])
         )
     return unflatten(hit), unflatten({k: v for k, v in flat.items() if k not in hit})
 

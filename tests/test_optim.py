@@ -10,6 +10,8 @@ import pytest
 
 from dcae_jax import optim, tree
 from dcae_jax.config import GroupConfig, OptimConfig, Optimizer, Schedule
+from dcae_jax.models import lmd
+from dcae_jax.models.lmd import LMDConfig
 
 STEPS = 110
 # One float32 rounding of each of the few operations that make up a rate.
@@ -231,3 +233,73 @@ def test_optimizer_state_exists_for_the_trainable_partition_only():
     state = optim.make(OptimConfig(), trainable).init(trainable)
     arrays = [x for x in jax.tree.leaves(state) if x.ndim]
     assert sorted(x.shape for x in arrays) == [(3, 4), (3, 4)]  # both moments of the one kernel
+
+
+def stack(layers=3):
+    gen = np.random.default_rng(5)
+    shapes = {"net/blocks/fc/kernel": (layers, 2, 4), "net/blocks/fc/bias": (layers, 4)}
+    return tree.unflatten({k: jnp.asarray(gen.normal(size=s), "f4") for k, s in shapes.items()})
+
+
+def test_groups_of_single_layers_of_a_stack():
+    """Each layer moves as a leaf of its own does under its group; AdamW and Adan."""
+    groups = [GroupConfig("bias$", 2.0, 0.0), GroupConfig("blocks/1/", 0.5, 3.0)]
+    for extra in ({}, {"optimizer": Optimizer.adan, **ADAN}):
+        cfg = OptimConfig(lr=0.1, weight_decay=0.2, groups=groups, **extra)
+        grads = jax.tree.map(lambda p: jnp.cos(3 * p), stack())
+
+        def moves(cfg, params, grads):
+            tx = optim.make(cfg, params)
+            return tx.update(grads, tx.init(params), params, learning_rate=jnp.float32(0.1))[0]
+
+        found = tree.flatten(moves(cfg, stack(), grads))
+        for path, leaf in tree.flatten(stack()).items():
+            for i in range(3):
+                _, lr, decay = optim.group_of(cfg, path.replace("blocks", f"blocks/{i}"))
+                plain = OptimConfig(
+                    lr=0.1, weight_decay=0.2, groups=[GroupConfig("", lr, decay)], **extra
+                )
+                one = moves(plain, {"x": leaf[i]}, {"x": tree.flatten(grads)[path][i]})
+                # The same formula in other shapes: float32 roundings of terms of up to 0.2.
+                np.testing.assert_allclose(found[path][i], one["x"], rtol=1e-6, atol=3e-8)
+        rows = {name: rest for name, *rest in optim.table(cfg, stack())}
+        assert rows["bias$"][0] == 12 and rows["blocks/1/"] == [8, 0.05, pytest.approx(0.6)]
+        assert rows["(default)"] == [16, 0.1, 0.2]
+
+
+def test_layers_that_agree_have_one_number():
+    """So that the compiled step is that of runs without groups of single layers."""
+    cfg = OptimConfig(groups=[GroupConfig("bias$", 1.0, 0.0), GroupConfig("blocks/[0-9]", 0.5)])
+    found = tree.flatten(optim._multipliers(cfg, stack(), 1))
+    assert found == {"net/blocks/fc/bias": 1.0, "net/blocks/fc/kernel": 0.5}
+
+
+def test_frozen_layers_are_a_row_of_the_table():
+    rows = optim.table(OptimConfig(), stack(), "net/blocks/2/.*")
+    assert sorted(rows) == [
+        ("(default)", 8, 1e-4, 0.0), ("(frozen layers)", 24, 0.0, 0.0),
+        ("/(bias|scale)$", 4, 1e-4, 0.0),
+    ]  # fmt: skip
+
+
+def test_layer_decay_of_a_stacked_encoder():
+    """decay^(depth + 1 - id), as BEiT: id 0 the embedding, i + 1 block i, depth + 1 the rest."""
+    depth, decay = 3, 0.65
+    model = LMDConfig(
+        in_channels=4, input_size=(4, 4), patch=1, width=8, depth=depth, heads=2, decoder_width=8,
+        decoder_depth=1, decoder_heads=2,
+    )  # fmt: skip
+    variables = jax.eval_shape(lambda: lmd.init_variables(model, jax.random.key(0)))["params"]
+    params = {"net": {"encoder": variables["encoder"]}, "head": {"kernel": jnp.ones((8, 2))}}
+    cfg = OptimConfig(groups=optim.layer_decay_groups(depth, decay))
+    rates, decays = (tree.flatten(optim._multipliers(cfg, params, i)) for i in (1, 2))
+    for path in rates:
+        name = path.split("/")
+        if "blocks" in name:
+            rate = [decay**3, decay**2, decay]
+        else:
+            rate = [decay**4] if name[2:3] in (["patch_embed"], ["cls"]) else [1.0]
+        np.testing.assert_allclose(np.ravel(rates[path]), rate, rtol=1e-7, err_msg=path)
+        plain = name[-1] in ("bias", "scale", "cls")
+        assert decays[path] == (0.0 if plain else 1.0), path
+    assert len([p for p in rates if "blocks" in p]) == 12 and "net/encoder/cls" in rates

@@ -178,6 +178,17 @@ def test_a_failed_compile_is_told_at_once_and_raised_where_it_is_needed(capsys):
         shop.run(4)
 
 
+def test_a_single_program_for_all_steps_is_not_spoken_of(capsys):
+    shop = Workshop()
+    shop.made._task = Keys(lambda k: ())
+    shop.made._trace = lambda key: jax.jit(lambda x: x + 1).trace(jnp.ones(()))
+    shop.start()
+    assert float(shop.made.at(3)(jnp.ones(()))) == 2.0
+    shop.made.close()
+    assert capsys.readouterr().out.startswith("compiling the train step: ")
+    assert shop.made.totals() == shop.made.summary() == shop.made.table() == []
+
+
 def test_what_cannot_be_traced_ends_the_run_before_its_first_step():
     shop = Workshop()
     trace = shop.trace
@@ -283,30 +294,28 @@ def test_programs_of_an_interrupted_run_add_up(whole, tmp_path):
     runs.assert_same_run(masked(), whole[0], tmp_path)
 
 
-def test_a_run_of_one_program_says_nothing_of_programs(tmp_path, capsys):
-    assert diffusing.run(diffusing.make(evals=[], steps=1), tmp_path) == train.DONE
-    assert "program" not in capsys.readouterr().out
-    assert "programs" not in runs.summary(tmp_path)
-
-
 def test_promise_5_sigterm_while_a_program_is_compiled_and_waited_for(tmp_path, monkeypatch):
     """A real signal to the process; the second program takes its time."""
-    gate, compile_one = threading.Event(), programs.Programs._compile
+    gate, waiting = threading.Event(), threading.Event()
+    compile_one, wait = programs.Programs._compile, programs.Programs._wait
 
     def slowly(self, key):
         if key.keep == 8:
             assert gate.wait(WAIT)
         return compile_one(self, key)
 
+    def waits(self, *arguments):
+        waiting.set()
+        return wait(self, *arguments)
+
     def interrupt():
-        end = time.monotonic() + WAIT
-        while not (compiling() and runs.steps(tmp_path)) and time.monotonic() < end:
-            time.sleep(0.01)
-        time.sleep(0.5)  # three quick steps later the loop waits for the second program
+        waiting.wait(5 * WAIT)
+        time.sleep(0.3)
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0.2)
         gate.set()
 
+    monkeypatch.setattr(programs.Programs, "_wait", waits)
     monkeypatch.setattr(programs.Programs, "_compile", slowly)
     before = signal.getsignal(signal.SIGTERM)
     preemption = distributed.Preemption()

@@ -46,3 +46,47 @@ def test_sizes():
         "ae/decoder/conv_out": 6, "ae/encoder/conv_in": 8, "disc/conv": 5,
     }  # fmt: skip
     assert tree.by_module(PARAMS, depth=1) == {"ae": 14, "disc": 5}
+
+
+STACKS = {
+    "net": {
+        "in_blocks": {"mlp": {"kernel": np.ones((3, 2, 2)), "bias": np.ones((3, 2))}},
+        "patch_embed": {"bias": np.ones(2)},
+    }
+}
+
+
+def test_layers_of_a_stack_have_names_of_their_own():
+    flat = tree.flatten(STACKS)
+    names = [name for path, leaf in flat.items() for name in tree.canonical(path, leaf)]
+    assert names == [
+        *(f"net/in_blocks/{i}/mlp/bias" for i in range(3)),
+        *(f"net/in_blocks/{i}/mlp/kernel" for i in range(3)),
+        "net/patch_embed/bias",
+    ]
+    # Nothing else is a stack: no leading axis, no component that ends in "blocks".
+    assert tree.canonical("ae/blocks/scale", np.ones(())) == ["ae/blocks/scale"]
+    assert tree.canonical("ae/blocks_1/scale", np.ones(3)) == ["ae/blocks_1/scale"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "trained", "leaves"),
+    [
+        ("net/.*", 20, 3),
+        ("net/in_blocks/mlp/.*", 18, 2),  # as stored: all layers
+        (r"net/in_blocks/[12]/.*", 12, 2),
+        (r"net/in_blocks/0/mlp/bias|net/patch_embed/.*", 4, 2),
+    ],
+)
+def test_a_leaf_trains_if_one_of_its_layers_does(pattern, trained, leaves):
+    one, rest = tree.partition(STACKS, pattern)
+    assert len(tree.flatten(one)) == leaves and len(tree.flatten(rest)) == 3 - leaves
+    assert tree.sizes(STACKS, pattern) == (trained, 20 - trained)
+
+
+def test_only_selected_layers_are_kept():
+    found = tree.flatten(tree.only_selected(STACKS, "net/in_blocks/1/mlp/kernel|.*embed.*", 7.0))
+    assert found["net/in_blocks/mlp/kernel"][:, 0, 0].tolist() == [7.0, 1.0, 7.0]
+    flat = tree.flatten(STACKS)
+    for path in ("net/in_blocks/mlp/bias", "net/patch_embed/bias"):  # none of it, and all
+        assert found[path] is flat[path]

@@ -232,10 +232,10 @@ class DiffuseTask:
         """The network, the process, and what trains."""
         cfg, process = self.cfg, self.cfg.process
         params, _ = jax.eval_shape(self.init, jax.random.key(0))
-        trained, frozen = tree.partition(params, cfg.trainable)
+        trained, frozen = tree.sizes(params, cfg.trainable)
         return [
             *cfg.model.describe(),
-            f"trained {tree.size(trained):,} parameters, frozen {tree.size(frozen):,}",
+            f"trained {trained:,} parameters, frozen {frozen:,}",
             f"process {process.kind.value}: predicts {process.predict.value}, loss on "
             f"{process.loss_space.value}, times {process.times.value}, shift {process.shift:g}",
             f"latents normalised by {cfg.latent_norm.value}; label dropout {cfg.label_dropout:g}",
@@ -244,12 +244,12 @@ class DiffuseTask:
     def summary(self) -> dict[str, Any]:
         """What the report's table says of the run."""
         params, _ = jax.eval_shape(self.init, jax.random.key(0))
-        trained, frozen = tree.partition(params, self.cfg.trainable)
+        trained, frozen = tree.sizes(params, self.cfg.trainable)
         return {
             "phase": "diffuse",
             "trained": "net" if frozen else "everything",
-            "n_trained": tree.size(trained),
-            "n_frozen": tree.size(frozen),
+            "n_trained": trained,
+            "n_frozen": frozen,
         }
 
     def warnings(self, metrics: dict[str, float]) -> list[str]:

@@ -276,14 +276,14 @@ class MaskLatentsTask:
         """The network, its masks, and what trains."""
         cfg, mask = self.cfg, self.cfg.mask
         params, _ = jax.eval_shape(self.init, jax.random.key(0))
-        trained, frozen = tree.partition(params, cfg.trainable)
+        trained, frozen = tree.sizes(params, cfg.trainable)
         first, last = (mask.ratio(k, self.run.steps) for k in (0, self.run.steps - 1))
         what = "whitened tokens" if cfg.norm_target else "tokens"
         pixels = are_pixels(self.run.data)
         norm = "pixels normalised" if pixels else f"latents normalised by {cfg.latent_norm.value}"
         return [
             *cfg.model.describe(),
-            f"trained {tree.size(trained):,} parameters, frozen {tree.size(frozen):,}",
+            f"trained {trained:,} parameters, frozen {frozen:,}",
             f"mask {mask.kind.value}: {first:.0%} to {last:.0%} of the tokens, rounded "
             f"{mask.rounding.value}; loss on masked {what}; {norm}".replace("%", " %"),
         ]
@@ -291,12 +291,12 @@ class MaskLatentsTask:
     def summary(self) -> dict[str, Any]:
         """What the report's table says of the run."""
         params, _ = jax.eval_shape(self.init, jax.random.key(0))
-        trained, frozen = tree.partition(params, self.cfg.trainable)
+        trained, frozen = tree.sizes(params, self.cfg.trainable)
         return {
             "phase": "mask",
             "trained": "net" if frozen else "everything",
-            "n_trained": tree.size(trained),
-            "n_frozen": tree.size(frozen),
+            "n_trained": trained,
+            "n_frozen": frozen,
         }
 
     def warnings(self, metrics: dict[str, float]) -> list[str]:

@@ -70,7 +70,8 @@ def test_promise_3_latents_are_equal_on_any_number_of_readers():
 
 def test_each_function_of_a_diffusion_run_is_traced_once():
     """Three evaluations, the last batch of each padded; 8 steps; the grid at the end."""
-    _, names = diffusing.whole()
+    workdir, names = diffusing.whole()
+    assert "programs" not in runs.summary(workdir), "there is only one"
     for wanted in ("train_step", "_sums", "_drawn"):
         assert len([name for name in names if name.endswith(wanted)]) == 1, (wanted, names)
 

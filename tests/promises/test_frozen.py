@@ -155,3 +155,29 @@ def test_promise_4_no_optimizer_leaf_for_frozen_parameters(phase):
     paths = [jax.tree_util.keystr(p, simple=True, separator="/") for p, x in flat if x.ndim]
     # Two moments of each trainable parameter.
     assert sorted(p[p.index("ae/") :] for p in paths) == sorted(2 * trained)
+
+
+def test_promise_4_single_layers_of_a_stack_are_frozen():
+    """Stored stacked: the leaf trains, its first layer does not, whatever decays or is clipped."""
+    cfg = tiny.diffusion("dit", batch=4)
+    cfg.task.trainable = "net/blocks/1/.*|net/head/.*"
+    cfg.optim.weight_decay, cfg.optim.clip_norm = 0.1, 0.5
+    trainer = tiny.Trainer(cfg)
+    # Zeros with a sign, which adding 0 would take from them; and every leaf gets a gradient.
+    noisy = {
+        k: np.where(np.arange(v.size).reshape(v.shape) % 5 == 0, -0.0, v + 0.02).astype(np.float32)
+        for k, v in tree.flatten(jax.device_get(trainer.state.params)).items()
+    }
+    trainer.replace_params(noisy)
+    trainer.train(3)
+    after = tree.flatten(jax.device_get(trainer.state.params))
+    for path, old in noisy.items():
+        new = after[path]
+        if path.startswith("net/blocks/"):
+            assert new[0].tobytes() == old[0].tobytes(), path
+            assert not np.array_equal(new[1], old[1]), path
+        else:
+            moved = path.startswith("net/head/")
+            assert (new.tobytes() != old.tobytes()) == moved, path
+    trained, frozen = tree.sizes(after, cfg.task.trainable)
+    assert 0 < trained < frozen
