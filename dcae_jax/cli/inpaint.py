@@ -30,7 +30,7 @@ global, so the others know of the hole, and scores are better than they could be
 OUT/NAME.png is what the decoder makes of the filled latent, OUT/NAME_pasted.png the same with the
 known pixels pasted back, OUT/panels.png shows original | masked | result | pasted back (red: cells
 that the hole touches, blue: the ring).  OUT/scores.json holds the PSNR of the hole before pasting,
-the SSIM of its bounding box, and the same of the autoencoder alone, which no filling can exceed.
+the SSIM of its bounding box, and the same of the autoencoder alone with nothing masked.
 """
 
 import argparse

@@ -194,7 +194,7 @@ def test_every_mode_and_its_scores(command, runs_of, photos, tmp_path, mode, mon
 
 def test_the_floor_is_the_autoencoder_alone(command, runs_of, workdir, photos, tmp_path):
     out = tmp_path / "out"
-    options = ("--mode", "reconstruct", "--mask", BOX, "--out", out)
+    options = ("--mode", "reconstruct", "--mask", BOX, "--ring", 0, "--out", out)
     assert command("inpaint", "--from", runs_of("lmd"), "--images", photos, *options)[0] == 0
     net, hole = autoencoder.load(str(workdir)), box_pixels()
     for row in json.loads((out / "scores.json").read_text())["images"]:
@@ -241,7 +241,7 @@ def test_with_the_latent_protocol_the_hole_is_known_of(command, runs_of, photos,
         out = tmp_path / protocol
         code, said, _ = command(
             "inpaint", "--from", runs_of("lmd"), "--images", photos / "a.png", "--mask", BOX,
-            "--mode", "reconstruct", "--out", out, "--protocol", protocol,
+            "--ring", 0, "--mode", "reconstruct", "--out", out, "--protocol", protocol,
         )  # fmt: skip
         assert code == 0
         assert ("known tokens know of the hole" in " ".join(said.split())) == (protocol == "latent")
@@ -329,7 +329,7 @@ def test_names_do_not_collide_and_bad_images_are_left_out(command, runs_of, tmp_
     (folder / "text.png").write_text("not an image")
     code, said, err = command(
         "inpaint", "--from", runs_of("lmd"), "--images", folder, "--mask", BOX, "--mode",
-        "reconstruct", "--out", tmp_path / "out",
+        "reconstruct", "--ring", 0, "--out", tmp_path / "out",
     )  # fmt: skip
     assert code == 1 and "text.png" in err and "1 bad image(s)" in said
     written = {p.name for p in (tmp_path / "out").glob("*.png")}
