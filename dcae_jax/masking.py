@@ -161,14 +161,15 @@ def _spread(tokens: int) -> tuple[int, ...]:
 class Split:
     """Which tokens of each example are visible: the first `keep` of an order of all tokens."""
 
-    order: Int[Array, "b n"]  # the tokens, visible ones first
-    inverse: Int[Array, "b n"]  # where each token stands in that order
+    # Between `prepare` and the loss a batch may have a leading axis of microbatches (*m).
+    order: Int[Array, "*m b n"]  # the tokens, visible ones first
+    inverse: Int[Array, "*m b n"]  # where each token stands in that order
     keep: int = flax.struct.field(pytree_node=False)
 
     @property
     def tokens(self) -> int:
         """How many there are of each example."""
-        return self.order.shape[1]
+        return self.order.shape[-1]
 
     @property
     def whole(self) -> bool:

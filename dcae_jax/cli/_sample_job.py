@@ -125,9 +125,9 @@ def _norm(model: Model) -> "tuple[np.ndarray, np.ndarray]":
     """(shift, scale) of the latents."""
     import numpy as np
 
-    from dcae_jax.tasks import diffuse
+    from dcae_jax.tasks import latents
 
-    found = diffuse.normalisation(model.run.task.latent_norm, model.manifest)
+    found = latents.normalisation(model.run.task.latent_norm, model.manifest)
     return np.asarray(found.shift), np.asarray(found.scale)
 
 
