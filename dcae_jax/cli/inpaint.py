@@ -164,6 +164,11 @@ def _job(args: argparse.Namespace) -> _Job:
     model = _trained.find(args, "--from", args.source, kinds, what)
     if problem := inpainting.mode_problem(model.run.task.build(model.run), mode):
         raise UserError(f"--from {args.source}: {problem}")
+    if model.manifest is not None and not (args.autoencoder or model.manifest.autoencoder):
+        raise UserError(
+            f"--from {args.source} does not know the autoencoder of its latents: name it, "
+            "--autoencoder DIR_OR_HUB_NAME"
+        )
     random = isinstance(mask, inpainting.RandomCells)
     ring = args.ring if args.ring is not None else 0 if random else _RING
     seed = model.run.seed if args.seed is None else args.seed

@@ -208,7 +208,7 @@ def test_the_floor_is_the_autoencoder_alone(command, runs_of, workdir, photos, t
         assert row["tokens"]["all"] == 16, "tokens of 2 x 2 latent pixels"
 
 
-@pytest.mark.parametrize("mode", ["hybrid", "progressive"])
+@pytest.mark.parametrize("mode", ["hybrid", pytest.param("progressive", marks=pytest.mark.slow)])
 def test_what_stands_in_the_hole_changes_no_bit(command, runs_of, tmp_path, mode):
     """The same image with noise in its hole: only the original differs, and what compares to it."""
     hole, gen = box_pixels(), np.random.default_rng(0)
@@ -235,6 +235,7 @@ def test_what_stands_in_the_hole_changes_no_bit(command, runs_of, tmp_path, mode
     assert rows[0]["tokens"] == rows[1]["tokens"]
 
 
+@pytest.mark.slow
 def test_with_the_latent_protocol_the_hole_is_known_of(command, runs_of, photos, tmp_path):
     results = {}
     for protocol in ("pixel", "latent"):
@@ -321,6 +322,7 @@ def test_a_masked_autoencoder_of_pixels_needs_no_autoencoder(command, photos, tm
         assert same[:4].all() and same[8:].all() and same[:, :4].all() and same[:, 8:].all()
 
 
+@pytest.mark.slow
 def test_names_do_not_collide_and_bad_images_are_left_out(command, runs_of, tmp_path):
     folder = tmp_path / "images"
     folder.mkdir()
