@@ -30,7 +30,7 @@ global, so the others know of the hole, and scores are better than they could be
 OUT/NAME.png is what the decoder makes of the filled latent, OUT/NAME_pasted.png the same with the
 known pixels pasted back, OUT/panels.png shows original | masked | result | pasted back (red: cells
 that the hole touches, blue: the ring).  OUT/scores.json holds the PSNR of the hole before pasting,
-the SSIM of its bounding box, and the same of the autoencoder alone, which no filling can exceed.
+the SSIM of its bounding box, and the same of the autoencoder alone with nothing masked.
 """
 
 import argparse
@@ -164,6 +164,11 @@ def _job(args: argparse.Namespace) -> _Job:
     model = _trained.find(args, "--from", args.source, kinds, what)
     if problem := inpainting.mode_problem(model.run.task.build(model.run), mode):
         raise UserError(f"--from {args.source}: {problem}")
+    if model.manifest is not None and not (args.autoencoder or model.manifest.autoencoder):
+        raise UserError(
+            f"--from {args.source} does not know the autoencoder of its latents: name it, "
+            "--autoencoder DIR_OR_HUB_NAME"
+        )
     random = isinstance(mask, inpainting.RandomCells)
     ring = args.ring if args.ring is not None else 0 if random else _RING
     seed = model.run.seed if args.seed is None else args.seed

@@ -214,13 +214,13 @@ def _cells(original: "Pixels", reconstruction: "Pixels") -> "list[np.ndarray]":
     from dcae_jax.report import images as pictures
 
     error = pictures.error_map(original, reconstruction, _GAIN)
-    return [fitted(picture) for picture in (original, reconstruction, error)]
+    return [fitted(picture, _CELL) for picture in (original, reconstruction, error)]
 
 
 _GAIN = 4.0
 
 
-def fitted(picture: "Pixels", side: int = _CELL) -> "Pixels":
+def fitted(picture: "Pixels", side: int) -> "Pixels":
     """Large ones as means over pixels; small ones with each pixel repeated."""
     import numpy as np
     from PIL import Image

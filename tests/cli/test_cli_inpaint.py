@@ -194,7 +194,7 @@ def test_every_mode_and_its_scores(command, runs_of, photos, tmp_path, mode, mon
 
 def test_the_floor_is_the_autoencoder_alone(command, runs_of, workdir, photos, tmp_path):
     out = tmp_path / "out"
-    options = ("--mode", "reconstruct", "--mask", BOX, "--out", out)
+    options = ("--mode", "reconstruct", "--mask", BOX, "--ring", 0, "--out", out)
     assert command("inpaint", "--from", runs_of("lmd"), "--images", photos, *options)[0] == 0
     net, hole = autoencoder.load(str(workdir)), box_pixels()
     for row in json.loads((out / "scores.json").read_text())["images"]:
@@ -208,7 +208,7 @@ def test_the_floor_is_the_autoencoder_alone(command, runs_of, workdir, photos, t
         assert row["tokens"]["all"] == 16, "tokens of 2 x 2 latent pixels"
 
 
-@pytest.mark.parametrize("mode", ["hybrid", "progressive"])
+@pytest.mark.parametrize("mode", ["hybrid", pytest.param("progressive", marks=pytest.mark.slow)])
 def test_what_stands_in_the_hole_changes_no_bit(command, runs_of, tmp_path, mode):
     """The same image with noise in its hole: only the original differs, and what compares to it."""
     hole, gen = box_pixels(), np.random.default_rng(0)
@@ -235,13 +235,14 @@ def test_what_stands_in_the_hole_changes_no_bit(command, runs_of, tmp_path, mode
     assert rows[0]["tokens"] == rows[1]["tokens"]
 
 
+@pytest.mark.slow
 def test_with_the_latent_protocol_the_hole_is_known_of(command, runs_of, photos, tmp_path):
     results = {}
     for protocol in ("pixel", "latent"):
         out = tmp_path / protocol
         code, said, _ = command(
             "inpaint", "--from", runs_of("lmd"), "--images", photos / "a.png", "--mask", BOX,
-            "--mode", "reconstruct", "--out", out, "--protocol", protocol,
+            "--ring", 0, "--mode", "reconstruct", "--out", out, "--protocol", protocol,
         )  # fmt: skip
         assert code == 0
         assert ("known tokens know of the hole" in " ".join(said.split())) == (protocol == "latent")
@@ -321,6 +322,7 @@ def test_a_masked_autoencoder_of_pixels_needs_no_autoencoder(command, photos, tm
         assert same[:4].all() and same[8:].all() and same[:, :4].all() and same[:, 8:].all()
 
 
+@pytest.mark.slow
 def test_names_do_not_collide_and_bad_images_are_left_out(command, runs_of, tmp_path):
     folder = tmp_path / "images"
     folder.mkdir()
@@ -329,7 +331,7 @@ def test_names_do_not_collide_and_bad_images_are_left_out(command, runs_of, tmp_
     (folder / "text.png").write_text("not an image")
     code, said, err = command(
         "inpaint", "--from", runs_of("lmd"), "--images", folder, "--mask", BOX, "--mode",
-        "reconstruct", "--out", tmp_path / "out",
+        "reconstruct", "--ring", 0, "--out", tmp_path / "out",
     )  # fmt: skip
     assert code == 1 and "text.png" in err and "1 bad image(s)" in said
     written = {p.name for p in (tmp_path / "out").glob("*.png")}
