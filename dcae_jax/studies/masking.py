@@ -76,7 +76,7 @@ class Settings:
     autoencoder_widths: tuple[int, ...] = (16, 32, 64, 64)  # f8
     autoencoder_depths: tuple[int, ...] = (0, 1, 1, 1)  # of the encoder and of the decoder
     latent_channels: int = 4
-    autoencoder_steps: int = 300
+    autoencoder_steps: int = 250
     autoencoder_batch: int = 8
     crops: int = 2048  # of the cache, and as many mirror images
     held_out: int = 128  # latents
@@ -85,10 +85,10 @@ class Settings:
     heads: int = 2
     decoder_depth: int = 2  # of (a)
     batch: int = 16
-    steps: int = 400  # of (a)
+    steps: int = 300  # of (a)
     rate: float = 2e-3
     buckets: tuple[int, ...] = (208, 160, 112, 64)  # visible tokens
-    diffusion_steps: int = 300  # of the plain UViT; the other takes as many FLOPs
+    diffusion_steps: int = 200  # of the plain UViT; the other takes as many FLOPs
     seeds: tuple[int, ...] = (0, 1, 2)
     eval_images: int = 32
     samples: int = 64
