@@ -165,6 +165,20 @@ def test_a_program_that_is_not_ready_is_waited_for_in_a_pause(capsys):
     shop.made.close()
 
 
+def test_several_processes_compile_each_program_when_they_need_it(monkeypatch, capsys):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    shop = Workshop()
+    for gate in shop.gates.values():
+        gate.set()
+    shop.start()
+    assert list(shop.traced) == [2, 3, 5] and not shop.traced[3].begun.is_set()
+    assert [shop.run(k) for k in (3, 4, 7, 5)] == [8.0, 12.0, 20.0, 12.0]
+    main = threading.current_thread()
+    assert all(t.thread is main for t in shop.traced.values()) and not compiling()
+    assert capsys.readouterr().out.count("compiling the train step (3)") == 1
+    assert shop.clock.totals()["pauses"]["compile"]["count"] == 3
+
+
 def test_a_failed_compile_is_told_at_once_and_raised_where_it_is_needed(capsys):
     shop = Workshop(options={3: {"xla_there_is_no_such_option": True}})
     shop.gates[3].set()
