@@ -8,6 +8,7 @@ Python int, chosen from a short table, and each number of the table is a program
 import enum
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import flax.struct
 import jax
@@ -161,15 +162,15 @@ def _spread(tokens: int) -> tuple[int, ...]:
 class Split:
     """Which tokens of each example are visible: the first `keep` of an order of all tokens."""
 
-    # Between `prepare` and the loss a batch may have a leading axis of microbatches (*m).
-    order: Int[Array, "*m b n"]  # the tokens, visible ones first
-    inverse: Int[Array, "*m b n"]  # where each token stands in that order
+    # int[b, n] both; a tree of shapes has those here, and of microbatches more dimensions.
+    order: Any  # the tokens, visible ones first
+    inverse: Any  # where each token stands in that order
     keep: int = flax.struct.field(pytree_node=False)
 
     @property
     def tokens(self) -> int:
         """How many there are of each example."""
-        return self.order.shape[-1]
+        return self.order.shape[1]
 
     @property
     def whole(self) -> bool:

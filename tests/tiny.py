@@ -20,6 +20,7 @@ from dcae_jax.models.uvit import UViTConfig
 from dcae_jax.tasks.autoencode import AdversarialConfig, AutoencodeConfig, LossConfig, Phase
 from dcae_jax.tasks.diffuse import DiffuseConfig
 from dcae_jax.tasks.latents import Normalisation
+from dcae_jax.tasks.mask_latents import MaskLatentsConfig
 
 TRAINABLE = {
     Phase.low_res_full: "ae/.*",
@@ -94,7 +95,7 @@ def diffusion(network: str = "uvit", *, batch: int = 16, steps: int = 10) -> Run
 
 def constants(cfg: RunConfig) -> dict:
     """Those of the task, without files."""
-    if not isinstance(cfg.task, DiffuseConfig):
+    if not isinstance(cfg.task, DiffuseConfig | MaskLatentsConfig):
         return {}
     channels = cfg.task.model.in_channels
     return {"norm": Normalisation(jnp.full(channels, 0.5), jnp.full(channels, 0.8))}
@@ -132,7 +133,7 @@ class Trainer:
                 out_shardings=self.shardings,
                 compiler_options=PLAINLY,  # it runs once
             )()
-        self._step = step.make_train_step(self.task, cfg, (), self.shardings)
+        self._step = step.make_train_step(self.task, cfg, self.task.static(0), self.shardings)
         self.constants = constants(cfg)
         self._grads = jax.jit(
             lambda s, b: step.loss_and_grads(self.task, cfg, s, self.constants, b),

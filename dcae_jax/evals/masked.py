@@ -98,14 +98,14 @@ class Masked:
         self._score = jax.jit(self._sums, out_shardings=sharding.replicated(mesh))
 
     def _keep(self, ratio: float) -> int:
-        """The number of visible tokens."""
+        """The number of visible tokens, rounded down: some are masked at any ratio."""
         exact = MaskConfig(kind=MaskKind.constant, end=ratio, rounding=Rounding.exact)
         keep = exact.keep(0, 1, self._tokens)
-        if 0 < keep < self._tokens:
+        if keep:
             return keep
         raise UserError(
-            f"evals: {self.cfg.name}: a ratio of {ratio:g} leaves {keep} of {self._tokens} tokens "
-            "visible; choose ratios that mask some and leave some"
+            f"evals: {self.cfg.name}: a ratio of {ratio:g} leaves none of {self._tokens} tokens "
+            f"visible; the largest that leaves one is {1 - 1 / self._tokens:.2g}"
         )
 
     def baselines(self) -> dict[str, dict[str, float]]:

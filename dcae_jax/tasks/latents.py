@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from dcae_jax.config import RunConfig
+from dcae_jax.data.latents import LatentDataConfig
 from dcae_jax.errors import UserError
 from dcae_jax.tasks.base import Batch, Variables
 from dcae_jax.tree import Tree
@@ -213,7 +214,7 @@ def inputs_of(
 
 def are_pixels(data: Any) -> bool:
     """Whether data are images, and nothing makes latents of them."""
-    if data is None or isinstance(data, Encodes):
+    if data is None or isinstance(data, Encodes | LatentDataConfig):
         return False
     return "image" in data.abstract_batch(1)
 

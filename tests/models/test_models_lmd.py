@@ -244,7 +244,7 @@ def test_the_order_of_visible_tokens_does_not_count() -> None:
 # --------------------------------------------------------------------------------------- features
 
 
-@pytest.mark.parametrize("scan", [True, False])
+@pytest.mark.parametrize("scan", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_features_are_the_encoders_tokens(scan: bool) -> None:
     """Layer by layer they lead to the encoder's result on the whole latent."""
     cfg = tiny(scan=scan)
