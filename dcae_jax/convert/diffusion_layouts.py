@@ -212,7 +212,7 @@ def _side(tokens: int, patch: int) -> int:
 def problems(cfg: DiffusionModel, layout: Layout) -> list[str]:
     """Why a network cannot be written in a layout."""
     if layout not in diffusion_names.layouts_of(cfg):
-        names = ", ".join(other.value for other in diffusion_names.layouts_of(cfg))
+        names = ", ".join(other.value for other in diffusion_names.layouts_of(cfg)) or "none"
         return [f"it has no {type(cfg).__name__.removesuffix('Config')}; there are {names}"]
     found = []
     if MLPKind(cfg.mlp) is not MLPKind.gelu:

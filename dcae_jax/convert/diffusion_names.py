@@ -101,7 +101,7 @@ _LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias":
 
 def layouts_of(cfg: DiffusionModel) -> list[Layout]:
     """The layouts that name this kind of network."""
-    return [layout for kind, layout in _RULES if isinstance(cfg, kind)]
+    return [layout for kind, layout in _RULES if type(cfg) is kind]
 
 
 @functools.cache
@@ -115,7 +115,7 @@ def table(cfg: DiffusionModel, layout: Layout) -> list[Entry]:
     if (type(cfg), layout) not in _RULES:
         raise UserError(
             f"the {layout.value} layout has no {type(cfg).__name__.removesuffix('Config')}; it is "
-            f"known in {', '.join(other.value for other in layouts_of(cfg))}"
+            f"known in {', '.join(other.value for other in layouts_of(cfg)) or 'none'}"
         )
     rules = _RULES[type(cfg), layout]
     return [_entry(cfg, rules, path, shape) for path, shape in shapes(cfg).items()]

@@ -588,7 +588,9 @@ class MaskDiffuseTask(DiffuseTask):
             lines.append(
                 f"stage {i}, steps {first} to {last - 1}: {seen} of {plans[0].tokens} tokens "
                 f"visible, clean {stage.clean:g}, diffusion {stage.diffusion:g}, reconstruction "
-                f"{stage.reconstruction:g}; programs: {len(plans)}"
+                f"{stage.reconstruction:g}"
+                + (f", a rehearsal every {n} steps" if (n := stage.rehearse_every) else "")
+                + f"; programs: {len(plans)}"
             )
         return lines
 
