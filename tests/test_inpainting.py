@@ -388,7 +388,7 @@ class Exact(DiffuseTask):
         return flat.at[rest].set(c[rest][:, known] @ among).reshape(x.shape)
 
 
-NORM = Normalisation(jnp.asarray([0.5, -1.0]), jnp.asarray([2.0, 0.25]))
+NORM = Normalisation(jnp.asarray([0.3, -1.1]), jnp.asarray([1.7, 0.3]))
 MESH = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
 
 

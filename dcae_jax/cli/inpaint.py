@@ -58,7 +58,7 @@ _SHOWN = 8  # images in the panels
 _CELL = 256  # pixels of a side of a picture there
 _ROUNDS, _START, _RING = 8, 0.5, 1
 _TOUCHED, _AROUND = (214, 39, 40), (31, 119, 180)  # of the masked panel
-_TINT = 0.35
+_TINT = 0.5
 _COLUMNS = ["original", "masked", "result", "pasted back"]
 _FOR = {
     "rounds": ("progressive",), "start": ("hybrid",), "label": ("diffusion", "hybrid"),
@@ -551,7 +551,8 @@ def _write_panels(
         [[fit(picture) for picture in shown[row["name"]]] for row in kept],
         columns=_COLUMNS,
         labels=[_panel_label(row) for row in kept],
-        caption=f"{job.model.source}, {job.way.mode.value}, protocol {job.encoded.value}",
+        caption=f"{job.model.source}, {job.way.mode.value}, protocol {job.encoded.value}; red: "
+        "cells of the hole, blue: the ring",
     )
     outputs.write(out / "panels.png", report_images.to_png(picture))
 
