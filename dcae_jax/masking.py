@@ -218,6 +218,17 @@ def random_order(
     return jnp.argsort(score.reshape(batch, rows * columns), axis=1, stable=True)
 
 
+def indexed_order(
+    key: PRNGKeyArray, index: Int[Array, " b"], rows: int, columns: int
+) -> Int[Array, "b n"]:  # fmt: skip
+    """Such orders that follow an example's index, whatever batch it is in."""
+
+    def one(i: Int[Array, ""]) -> Int[Array, " n"]:
+        return random_order(jax.random.fold_in(key, i), 1, rows, columns)[0]
+
+    return jax.vmap(one)(index)
+
+
 def order_of(visible: Bool[Array, "b n"]) -> Int[Array, "b n"]:
     """An order with these tokens first; the number of them must be the same in each example."""
     return jnp.argsort(~visible, axis=1, stable=True)

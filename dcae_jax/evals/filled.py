@@ -168,9 +168,9 @@ class Filled:
                 yield sharding.put_batch(dict(local), self._mesh)
 
     def _order(self, k: int) -> Int[Array, "b n"]:
-        """Of the tokens of the images of batch k; it follows the image's index."""
-        key = jax.random.fold_in(self._key, k)
-        return masking.random_order(key, self._batch, *self._grid)
+        """Of the tokens of the images of batch k; a mask follows the image's index."""
+        index = k * self._batch + jnp.arange(self._batch)
+        return masking.indexed_order(self._key, index, *self._grid)
 
     def _hole(self, order: Int[Array, "b n"]) -> Bool[Array, "b H W"]:
         """The pixels of the masked cells."""

@@ -141,7 +141,7 @@ class Masked:
         latent, real = self._task.latents(variables, batch), batch["mask"][:, None]
         x = variables.constants["norm"].apply(latent)
         index = first + jnp.arange(x.shape[0])
-        order = jax.vmap(self._order)(index)
+        order = masking.indexed_order(self._key, index, *self._grid)
         target = self._target(x)
 
         def scored(keep: int) -> Tree:
@@ -158,9 +158,6 @@ class Masked:
             "all": jnp.einsum("bn,bnp->p", jnp.broadcast_to(real, order.shape), target),
             "ratios": [scored(keep) for keep in self._keeps],
         }
-
-    def _order(self, index: Int[Array, ""]) -> Int[Array, " n"]:
-        return masking.random_order(jax.random.fold_in(self._key, index), 1, *self._grid)[0]
 
     def _whitened(self) -> bool:
         """Whether the task predicts what cannot be decoded, and has no `fill`."""
