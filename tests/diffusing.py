@@ -114,11 +114,7 @@ def make(**changes) -> RunConfig:
             ),
         ],
     )  # fmt: skip
-    for path, value in changes.items():
-        node, (*parents, last) = cfg, path.split(".")
-        for name in parents:
-            node = getattr(node, name)
-        setattr(node, last, value)
+    runs.change(cfg, changes)
     config.validate(config.resolve(cfg), 1)
     return cfg
 

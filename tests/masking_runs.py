@@ -4,6 +4,7 @@ import functools
 import pathlib
 
 import diffusing
+import runs
 
 from dcae_jax import config, train
 from dcae_jax.config import RunConfig
@@ -42,11 +43,7 @@ def make(**changes) -> RunConfig:
         model=model, process=cfg.task.process, latent_norm=cfg.task.latent_norm, stages=stages()
     )
     cfg.name, cfg.steps, cfg.evals = "tiny masking", STEPS, []
-    for path, value in changes.items():
-        node, (*parents, last) = cfg, path.split(".")
-        for name in parents:
-            node = getattr(node, name)
-        setattr(node, last, value)
+    runs.change(cfg, changes)
     config.validate(config.resolve(cfg), 1)
     return cfg
 

@@ -4,6 +4,7 @@ import functools
 import pathlib
 
 import diffusing
+import runs
 
 from dcae_jax import config, train
 from dcae_jax.config import CheckpointConfig, EmaConfig, OptimConfig, ReportConfig, RunConfig
@@ -70,11 +71,7 @@ def images(split: str) -> DataConfig:
 
 def changed(cfg: RunConfig, **changes) -> RunConfig:
     """The config with these fields, valid."""
-    for path, value in changes.items():
-        node, (*parents, last) = cfg, path.split(".")
-        for name in parents:
-            node = getattr(node, name)
-        setattr(node, last, value)
+    runs.change(cfg, changes)
     config.validate(config.resolve(cfg), 1)
     return cfg
 

@@ -59,17 +59,22 @@ class StopAt(distributed.Preemption):
         return self.poll is not None and self._polls >= self.poll
 
 
+def change(cfg, changes):
+    """Sets fields of a config by their paths."""
+    for path, value in changes.items():
+        node, (*parents, last) = cfg, path.split(".")
+        for name in parents:
+            node = getattr(node, name)
+        setattr(node, last, value)
+
+
 def make_config(arg, **changes):
     """A resolved config; changes like steps=5 or **{"checkpoint.every": 1}.
 
     `arg` is the argument of the tiny run, or a config itself.
     """
     cfg = flags.load(f"{ROOT / CONFIG}:{arg}") if isinstance(arg, str) else arg
-    for path, value in changes.items():
-        node, (*parents, last) = cfg, path.split(".")
-        for name in parents:
-            node = getattr(node, name)
-        setattr(node, last, value)
+    change(cfg, changes)
     return config.resolve(cfg)
 
 
