@@ -85,7 +85,8 @@ def original(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def outputs(name: str, net: ViTMAEForPreTraining) -> None:
-    """NAME.npz: x NCHW and noise, what the encoder and the whole make of them, the loss."""
+    """NAME.npz: x NCHW and noise, the same for all; what encoder and whole make of them; loss."""
+    torch.manual_seed(1)
     x, noise = torch.randn(2, 3, SIDE, SIDE), torch.rand(2, (SIDE // PATCH) ** 2)
     with torch.no_grad():
         found = net(x, noise=noise)

@@ -1,5 +1,6 @@
 """Masked autoencoders from transformers and MAE's own code, and back to transformers."""
 
+import functools
 import json
 import pathlib
 import shutil
@@ -34,6 +35,7 @@ LATENTS = LMDConfig(
 TOLERANCE = 1e-5  # what the README of an export promises; measured: below 1e-6
 
 
+@functools.cache
 def load(name):
     if name == "original":
         return mae_from_torch.load(str(FILES / "original.pth"), heads=3, decoder_heads=2)
@@ -44,12 +46,21 @@ def error(ours, theirs):
     return np.abs(ours - theirs).max() / np.abs(theirs).max()
 
 
-def computed(found, theirs):
-    """What our network makes of PyTorch's inputs, and its largest errors."""
+def stored(name):
+    return np.load(FILES / f"{name}.npz")
+
+
+def computed(cfg, variables):
+    """What our network makes of PyTorch's inputs, which all files share."""
+    theirs = stored("pretraining")
     inputs = {"x": theirs["x"].transpose(0, 2, 3, 1), "noise": theirs["noise"]}
-    keep = theirs["encoded"].shape[1] - 1
-    ours = mae_to_torch.run(found.cfg, found.variables, inputs, keep)
-    return {key: error(ours[key], theirs[key]) for key in ours}
+    return mae_to_torch.run(cfg, variables, inputs, theirs["encoded"].shape[1] - 1)
+
+
+@functools.cache
+def outputs(name):
+    found = load(name)
+    return computed(found.cfg, found.variables)
 
 
 # ------------------------------------------------------------------------- what PyTorch's code does
@@ -63,8 +74,9 @@ def test_imported_weights_compute_what_transformers_computes():
     assert (cfg.decoder_depth, cfg.decoder_width, cfg.decoder_heads) == (1, 8, 2)
     assert (cfg.input_size, cfg.patch, cfg.in_channels, cfg.norm_eps) == ((8, 8), 2, 3, 1e-12)
     assert found.described.norm_target is True and found.described.mask_ratio == 0.6
-    errors = computed(found, np.load(FILES / "pretraining.npz"))
-    assert max(errors.values()) < TOLERANCE, errors
+    ours, theirs = outputs("pretraining"), stored("pretraining")
+    for key in ("encoded", "output"):
+        assert error(ours[key], theirs[key]) < TOLERANCE, key
     assert "eps 1e-12, as in transformers" in found.notes[0]
 
 
@@ -73,9 +85,11 @@ def test_the_same_weights_under_the_names_of_the_original_have_its_eps():
     assert ours.layout is Layout.mae and ours.cfg.norm_eps == 1e-6
     for path, leaf in tree.flatten(theirs.variables).items():
         np.testing.assert_array_equal(tree.flatten(ours.variables)[path], leaf)
-    assert max(computed(ours, np.load(FILES / "original.npz")).values()) < TOLERANCE
+    made = outputs("original")
+    for key in ("encoded", "output"):
+        assert error(made[key], stored("original")[key]) < TOLERANCE, key
     # Not the other one's: the files hold weights for which the eps decides.
-    assert computed(ours, np.load(FILES / "pretraining.npz"))["output"] > 1e-3
+    assert error(made["output"], stored("pretraining")["output"]) > 1e-3
     assert "whitened targets are taken" in ours.notes[-1]
 
 
@@ -89,24 +103,23 @@ def test_an_encoder_alone_gets_a_new_decoder_and_says_so():
         for path in ours if path.endswith(("kernel", "cls", "mask_token"))
     )  # fmt: skip
     assert "there is no decoder" in found.notes[-1]
-    assert computed(found, np.load(FILES / "pretraining.npz"))["encoded"] < TOLERANCE
 
 
 def test_a_wrong_table_is_noticed(monkeypatch):
-    """Any leaf times 1.01 moves the output by more than the tolerance."""
-    found, theirs = load("pretraining"), np.load(FILES / "pretraining.npz")
+    """A leaf times 1.01, or two norms in each other's place, move the output beyond tolerance."""
+    found, theirs = load("pretraining"), stored("pretraining")["output"]
+    path = "params/encoder/blocks/attn/proj/kernel"
     flat = tree.flatten(found.variables)
-    for path in ("params/encoder/blocks/attn/proj/kernel", "params/decoder/head/kernel"):
-        wrong = tree.unflatten(flat | {path: 1.01 * flat[path]})
-        changed = mae_from_torch.ImportedMasked(found.described, found.layout, wrong, {}, "a test")
-        assert computed(changed, theirs)["output"] > 10 * TOLERANCE
+    wrong = tree.unflatten(flat | {path: 1.01 * flat[path]})
+    assert error(computed(found.cfg, wrong)["output"], theirs) > 10 * TOLERANCE
     swapped = dict(mae_names._VIT)
     swapped["norm1"], swapped["norm2"] = swapped["norm2"], swapped["norm1"]
     monkeypatch.setitem(
         mae_names._RULES[Layout.vit_mae], "decoder",
         mae_names._decoder("decoder.", "decoder_layers", swapped),
     )  # fmt: skip
-    assert computed(load("pretraining"), theirs)["output"] > 10 * TOLERANCE
+    wrong = mae_from_torch.load(str(FILES / "pretraining")).variables
+    assert error(computed(found.cfg, wrong)["output"], theirs) > 10 * TOLERANCE
 
 
 # -------------------------------------------------------------------------------------- round trips
@@ -166,8 +179,8 @@ def test_a_folder_of_latents_that_was_written_is_read_bit_for_bit(layout, tmp_pa
     if "decoder" in sides:
         assert found.cfg == LATENTS
     assert found.described.norm_target is False and found.described.mask_ratio == 0.5
-    stored = dict(np.load(tmp_path / "out" / "parity.npz"))
-    assert ("output" in stored) is ("decoder" in sides) and np.isfinite(stored["encoded"]).all()
+    parity = dict(np.load(tmp_path / "out" / "parity.npz"))
+    assert ("output" in parity) is ("decoder" in sides) and np.isfinite(parity["encoded"]).all()
     assert "latents of 8 x 8 x 4" in (tmp_path / "out" / "README.md").read_text()
 
 
@@ -194,9 +207,10 @@ def test_import_and_export_give_back_the_very_tensors(tmp_path, capsys):
     assert ours.items() <= theirs.items()
     size = sum(v.size for k, v in before.items() if "pos" not in k)
     assert f"masked autoencoder (vit_mae), {size:,} parameters" in capsys.readouterr().out
-    again = imported(out, tmp_path / "again")
-    for a, b in zip(*(jax.tree.leaves(params_of(w)) for w in (work, again)), strict=True):
-        np.testing.assert_array_equal(a, b)
+    first, again = load("pretraining"), mae_from_torch.load(str(out))
+    assert again.cfg == first.cfg and again.described == first.described
+    for path, leaf in tree.flatten(first.variables).items():
+        np.testing.assert_array_equal(tree.flatten(again.variables)[path], leaf)
 
 
 def params_of(work):
@@ -208,7 +222,7 @@ def params_of(work):
 
 
 def test_the_workdir_is_a_run_that_goes_on(tmp_path):
-    """Another run takes the weights leaf by leaf; the recipe is MAE's, the mask that of the file."""
+    """Another run takes the weights leaf by leaf; the recipe is MAE's."""
     work = imported(FILES / "original.pth", tmp_path / "work", *HEADS)
     run = config.from_json(checkpoint.source_meta(str(work), "--workdir")["config"])
     assert run.task.norm_target and run.task.mask.end == 0.75 and run.data.resolution == 8
