@@ -113,8 +113,9 @@ def _describe(
     cfg.decoder_pos_sign = _sign(cfg, layout, tensors)
     if cfg.norm_eps != mae_layouts.ORIGINAL_EPS:
         notes.append(
-            f"norms with eps {cfg.norm_eps:g}, as in transformers; MAE's own code trains with "
-            f"{mae_layouts.ORIGINAL_EPS:g} (task.model.norm_eps)"
+            f"norms with eps {cfg.norm_eps:g}, as in transformers; MAE's own code, and networks "
+            f"here, have {mae_layouts.ORIGINAL_EPS:g}: give runs that take these weights "
+            f"--config.task.model.norm_eps={cfg.norm_eps:g}"
         )
     if "decoder" not in mae_names.sides(layout):
         notes.append(
