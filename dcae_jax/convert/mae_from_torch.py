@@ -142,7 +142,10 @@ def _read(opened: Opened, heads: int | None, decoder_heads: int | None) -> Descr
 def _unsaid(layout: Layout) -> str:
     """What a file without a config.json leaves open, and what is taken."""
     eps = "" if layout not in mae_layouts.CLASSES else ", and transformers' default eps"
-    return f"no config.json: a mask of 0.75 and whitened targets are taken, as published{eps}"
+    return (
+        "no config.json: a mask of 0.75 and whitened targets (task.norm_target) are taken, as in "
+        f"the published recipe{eps}"
+    )
 
 
 def _sign(cfg: LMDConfig, layout: Layout, tensors: Tensors) -> int:

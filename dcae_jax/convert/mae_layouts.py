@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from dcae_jax.config import JSONValue
 from dcae_jax.convert import mae_names
-from dcae_jax.convert.layouts import FLAG, MASKED, NUMBER, TEXT, WHOLE, Fields, FieldType
+from dcae_jax.convert.layouts import MASKED, NUMBER, TEXT, WHOLE, Fields, FieldType
 from dcae_jax.convert.names import Layout, Shape
 from dcae_jax.errors import UserError
 from dcae_jax.models import lmd
@@ -24,6 +24,7 @@ _SIDE = FieldType(
     "a whole number, or two equal ones",
     lambda v: WHOLE.fits(v) or (isinstance(v, list) and len(v) == 2 and all(map(WHOLE.fits, v))),
 )
+_BIT = FieldType("true or false", lambda v: type(v) in (bool, int) and v in (0, 1))
 
 
 class Described(NamedTuple):
@@ -64,7 +65,7 @@ def read(fields: dict[str, JSONValue], where: str) -> Described:
     ratio = float(told.get("mask_ratio", NUMBER, 0.75))
     if not 0 < ratio < 1:
         raise told.refuse("mask_ratio", ratio, "a share of the tokens is masked")
-    return Described(cfg, ratio, told.get("norm_pix_loss", FLAG, False))
+    return Described(cfg, ratio, bool(told.get("norm_pix_loss", _BIT, False)))
 
 
 def _square(told: Fields, name: str, default: int) -> int:

@@ -90,7 +90,7 @@ def test_the_same_weights_under_the_names_of_the_original_have_its_eps():
         assert error(made[key], stored("original")[key]) < TOLERANCE, key
     # Not the other one's: the files hold weights for which the eps decides.
     assert error(made["output"], stored("pretraining")["output"]) > 1e-3
-    assert "whitened targets are taken" in ours.notes[-1]
+    assert "whitened targets (task.norm_target) are taken" in ours.notes[-1]
 
 
 def test_an_encoder_alone_gets_a_new_decoder_and_says_so():
@@ -328,6 +328,8 @@ def test_classifiers_are_refused(tmp_path):
         ({"mask_ratio": 1.0}, "mask_ratio = 1.0"),
         ({"num_attention_heads": "3"}, "num_attention_heads = '3' is not a whole number"),
         ({"num_attention_heads": 5}, "cannot be built"),
+        ({"layer_norm_eps": -1}, "norm_eps = -1.0; what is added to a variance"),
+        ({"norm_pix_loss": 2}, "norm_pix_loss = 2 is not true or false"),
         ({"architectures": ["ViTMAEForX"]}, "describes ViTMAEForX; known are"),
     ],
 )
