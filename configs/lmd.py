@@ -31,23 +31,9 @@ crops in place of new ones in each epoch, bfloat16 activations, everything on f3
 evaluate.
 """
 
-from dcae_jax import diffusion_recipes
-from dcae_jax.config import (
-    CheckpointConfig,
-    EmaConfig,
-    OptimConfig,
-    Optimizer,
-    ReportConfig,
-    RunConfig,
-    Schedule,
-)
-from dcae_jax.data.latents import LatentDataConfig
-from dcae_jax.data.pipeline import DataConfig, Transform
-from dcae_jax.data.sources import TfdsConfig
-from dcae_jax.evals.masked import MaskedConfig
-from dcae_jax.masking import MaskConfig, MaskKind
+from dcae_jax import diffusion_recipes, lmd_recipes
+from dcae_jax.config import RunConfig
 from dcae_jax.models import lmd
-from dcae_jax.tasks.mask_latents import MaskLatentsConfig
 
 SIZES = {"b": lmd.lmd_b, "l": lmd.lmd_l, "h": lmd.lmd_h}
 PIXEL_SIZES = {"b": lmd.mae_b, "l": lmd.mae_l, "h": lmd.mae_h}
@@ -55,64 +41,12 @@ LATENTS = {
     "f8": {"in_channels": 4, "input_size": (28, 28), "patch": 4},
     **{name: diffusion_recipes.LATENTS[name] for name in ("f32", "f64")},
 }
-IMAGES = 1_281_167  # of ImageNet's training split
 
 
 def get_config(arg: str = "b,f8") -> RunConfig:
     """The run of SIZE,LATENT or mae,SIZE."""
     if arg.startswith("mae,"):
         size, _ = diffusion_recipes.choose(f"{arg.removeprefix('mae,')},mae", PIXEL_SIZES, ["mae"])
-        return _mae(size)
+        return lmd_recipes.mae(PIXEL_SIZES[size](), f"MAE-{size.upper()}")
     size, latent = diffusion_recipes.choose(arg, SIZES, LATENTS)
-    return _lmd(size, latent)
-
-
-def _lmd(size: str, latent: str) -> RunConfig:
-    """Masks that grow, on cached latents."""
-    run = _run(f"LMD-{size.upper()} {latent}", batch=1024, epochs=400, warmup=1)
-    run.task = MaskLatentsConfig(model=SIZES[size](**LATENTS[latent]))
-    run.optim = OptimConfig(
-        optimizer=Optimizer.adan, lr=3e-4 * run.batch / 256, beta1=0.98, beta2=0.92, beta3=0.90,
-        weight_decay=0.05, clip_norm=10.0, schedule=Schedule.cosine,
-        warmup_steps=run.optim.warmup_steps, end_lr=1e-8 / (3e-4 * run.batch / 256),
-    )  # fmt: skip
-    run.data = LatentDataConfig(path="latents")
-    run.evals = [_scored(LatentDataConfig(split="validation", flip=False))]
-    return run
-
-
-def _mae(size: str) -> RunConfig:
-    """Three quarters masked throughout, on pixels."""
-    run = _run(f"MAE-{size.upper()}", batch=4096, epochs=800, warmup=40)
-    run.task = MaskLatentsConfig(
-        model=PIXEL_SIZES[size](), mask=MaskConfig(kind=MaskKind.constant, end=0.75)
-    )
-    run.optim = OptimConfig(
-        lr=1.5e-4 * run.batch / 256, beta1=0.9, beta2=0.95, weight_decay=0.05,
-        schedule=Schedule.cosine, warmup_steps=run.optim.warmup_steps,
-    )  # fmt: skip
-    run.data = _images("train", Transform.random_resized_crop, workers=8)
-    run.evals = [_scored(_images("validation", Transform.center_crop, workers=0))]
-    return run
-
-
-def _run(name: str, *, batch: int, epochs: int, warmup: int) -> RunConfig:
-    """What both have in common; lengths in epochs."""
-    epoch = IMAGES // batch
-    return RunConfig(
-        name=name, steps=epochs * epoch, batch=batch,
-        optim=OptimConfig(warmup_steps=warmup * epoch), ema=EmaConfig(decays=()),
-        checkpoint=CheckpointConfig(every=5000, keep=2, keep_every=100_000),
-        report=ReportConfig(every=100),
-    )  # fmt: skip
-
-
-def _scored(data: LatentDataConfig | DataConfig) -> MaskedConfig:
-    return MaskedConfig(data=data, n=10_000, batch=256, every=20_000)
-
-
-def _images(split: str, transform: Transform, workers: int) -> DataConfig:
-    return DataConfig(
-        source=TfdsConfig(name="imagenet2012"), split=split, resolution=224, transform=transform,
-        area=(0.2, 1.0), flip=split == "train", threads=16, workers=workers, cache_mb=0,
-    )  # fmt: skip
+    return lmd_recipes.lmd(SIZES[size](**LATENTS[latent]), f"LMD-{size.upper()} {latent}")

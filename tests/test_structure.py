@@ -42,7 +42,15 @@ LAYERS = (
     ("checkpoint",),
     ("autoencoder", "generator", "online", "inpainting"),
     ("evals",),
-    ("provenance", "recipes", "diffusion_recipes", "mask_recipes", "backend", "programs"),
+    (
+        "provenance",
+        "recipes",
+        "diffusion_recipes",
+        "mask_recipes",
+        "lmd_recipes",
+        "backend",
+        "programs",
+    ),
     ("train", "codec"),
     ("inspect",),
     ("bench", "studies", "cli", "__main__"),
@@ -451,7 +459,7 @@ def test_packages_that_are_imported_are_required():
              "sklearn": "scikit-learn", "orbax": "orbax-checkpoint", "google": "protobuf",
              "tensorflow_datasets": "tensorflow-datasets"}  # fmt: skip
     # Optional: asked for by a config field, named by the message when it is not there.
-    optional = {"wandb", "torch", "diffusers"}
+    optional = {"wandb", "torch", "diffusers", "transformers"}
     missing = set()
     for path in SOURCES:
         for root in {n.split(".")[0] for n in imports(path)} - optional:

@@ -1,11 +1,14 @@
-"""Export an autoencoder or diffusion model to PyTorch, checked there where it can be.
+"""Export an autoencoder, diffusion model or masked autoencoder to PyTorch, checked if it can be.
 
 OUT holds config.json, the weights, parity.npz (an input with what the network makes of it) and a
-README.md with the PyTorch lines that check them.  Where torch and diffusers are installed, the
-folder is loaded and run at once; --verify makes that mandatory.
+README.md with the PyTorch lines that check them.  Where torch and diffusers (masked autoencoders:
+torch and transformers) are installed, the folder is loaded and run at once; --verify makes that
+mandatory.
 
 Layouts: official (efficientvit, DC-Gen), diffusers (AutoencoderDC, AutoencoderKL, DiT), and of
-diffusion models u_vit (baofff) and dit (DiT and SiT as their authors name them).
+diffusion models u_vit (baofff) and dit (DiT and SiT as their authors name them).  Of masked
+autoencoders, on pixels or latents, vit_mae (transformers' ViTMAEForPreTraining) and vit_mae_encoder
+(ViTMAEModel, without the decoder).
 """
 
 import argparse
@@ -22,19 +25,24 @@ if TYPE_CHECKING:
 
 
 DIFFUSION_ONLY = ("u_vit", "dit")
+MASKED_ONLY = ("vit_mae", "vit_mae_encoder")
 
 
 def main(argv: list[str]) -> int:
     """Entry point of `python -m dcae_jax export`."""
     args = _parser().parse_args(argv)
     from dcae_jax import backend, checkpoint
-    from dcae_jax.cli import _diffusion
+    from dcae_jax.cli import _diffusion, _mae
     from dcae_jax.convert import folder, to_torch
 
     out = checkpoint.absolute(args.out)
     with folder.filling(out, to_torch.FILES):
         backend.compile_cache("auto")
-        write = _diffusion.export_model if _diffusion.is_run(args.workdir, args.part) else _export
+        write = _export
+        if _mae.is_run(args.workdir, args.part):
+            write = _mae.export_model
+        elif _diffusion.is_run(args.workdir, args.part):
+            write = _diffusion.export_model
         finish = write(args, out)
     finish()
     return 0
@@ -49,6 +57,8 @@ def _export(args: argparse.Namespace, out: "epath.Path") -> Callable[[], None]:
     if args.to in DIFFUSION_ONLY or args.diffusers_times:
         what = "--diffusers-times" if args.diffusers_times else f"--to {args.to}"
         raise UserError(f"{what} is for diffusion models; {args.workdir} is an autoencoder")
+    if args.to in MASKED_ONLY:
+        raise UserError(f"--to {args.to} is for masked autoencoders; {args.workdir} is none")
     weights = _options.weights(args)
     export = _plan(autoencoder.load(args.workdir, weights, part=args.part), args)
     _check_verifiable(export, out, args.verify)
@@ -80,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
         "--workdir", required=True, metavar="DIR",
         help="of a run or an import, or one step of it; of autoencoders also what import takes",
     )  # fmt: skip
-    layouts = ("diffusers", "official", *DIFFUSION_ONLY)
+    layouts = ("diffusers", "official", *DIFFUSION_ONLY, *MASKED_ONLY)
     parser.add_argument("--to", required=True, choices=layouts, help="the layout")
     _options.add_weights(parser)
     parser.add_argument("--out", required=True, metavar="DIR", help="a new or empty folder")

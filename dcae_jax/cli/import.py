@@ -1,14 +1,19 @@
-"""Import an autoencoder or diffusion model from PyTorch: a folder, a file, or a name on the hub.
+"""Import an autoencoder, diffusion model or masked autoencoder from PyTorch.
 
-The result is a workdir: --config.init_from, export and --mode=eval take it, reconstruct those of
-autoencoders, sample those of diffusion models.  Tensors do not tell whose they are: of a bare file
-only --variant says it, and with it the scaling factor.
+The source is a folder, a file, or a name on the hub.  The result is a workdir: --config.init_from,
+export and --mode=eval take it, reconstruct those of autoencoders, sample those of diffusion models.
+Tensors do not tell whose they are: of a bare file only --variant says it, and with it the scaling
+factor.
 
 Diffusion models are UViT and USiT (efficientvit, DC-Gen, baofff), DiT and SiT (facebook, willisma,
 efficientvit, diffusers).  Tensors tell neither the process nor the latents they were trained on:
 --variant names a release, or a family ("usit") or size of one ("usit-h"); of weights that are no
 release's, --autoencoder names the autoencoder.  An autoencoder in the same file is left out;
 --part autoencoder imports it instead.
+
+Masked autoencoders are transformers' ViTMAE (ViTMAEForPreTraining, ViTMAEModel: facebook/vit-mae-*)
+and the files of MAE's own code.  Of one without a decoder the decoder is drawn anew.  Positions
+must be the fixed sines and cosines: fine-tuned networks are refused.
 """
 
 import argparse
@@ -28,14 +33,21 @@ def main(argv: list[str]) -> int:
     """Entry point of `python -m dcae_jax import`."""
     args = _parser().parse_args(argv)
     from dcae_jax import backend, checkpoint
-    from dcae_jax.cli import _diffusion
-    from dcae_jax.convert import diffusion_from_torch, folder
+    from dcae_jax.cli import _diffusion, _mae
+    from dcae_jax.convert import diffusion_from_torch, folder, mae_from_torch
+    from dcae_jax.errors import UserError
 
     _refuse_workdir(args.source)
     out = checkpoint.absolute(args.out)
     with folder.filling(out, ours=("checkpoints",)):
         backend.compile_cache("auto")
-        if diffusion_from_torch.recognises(args.source, args.part):
+        if mae_from_torch.recognises(args.source, args.part):
+            _mae.import_model(args, out)
+        elif args.decoder_heads is not None:
+            raise UserError(
+                f"--decoder-heads is for masked autoencoders, and {args.source} is none"
+            )
+        elif diffusion_from_torch.recognises(args.source, args.part):
             _diffusion.import_model(args, out)
         else:
             _import_autoencoder(args, out)
@@ -72,8 +84,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = _options.parser("import", __doc__)
     parser.add_argument(
         "--from", dest="source", required=True, metavar="PATH_OR_HUB_NAME",
-        help="a folder with config.json and weights (diffusers or official), a .safetensors, .pt "
-        "or .pth file, or owner/name on the Hugging Face hub",
+        help="a folder with config.json and weights (diffusers, transformers or official), a "
+        ".safetensors, .pt or .pth file, or owner/name on the Hugging Face hub",
     )  # fmt: skip
     parser.add_argument("--out", required=True, metavar="DIR", help="a new or empty folder")
     parser.add_argument(
@@ -88,7 +100,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--autoencoder", metavar="AE", help="whose latents a diffusion model was trained on")
     add("--scaling-factor", type=float, metavar="X",
         help="that they were multiplied by, if it is not the autoencoder's own")  # fmt: skip
-    add("--heads", type=int, metavar="N", help="of a diffusion model of no published size")
+    add(
+        "--heads",
+        type=int,
+        metavar="N",
+        help="of a model of no published size, where no config.json says it",
+    )
+    add("--decoder-heads", type=int, metavar="N", help="likewise of a masked autoencoder's decoder")
     return parser
 
 

@@ -5,6 +5,7 @@ Tensors are streamed layer by layer.  config.json comes last: a folder without i
 
 import copy
 import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -93,14 +94,17 @@ def fill(export: ExportDiffusion, out: epath.Path) -> None:
     """Writes the files, config.json last."""
     check(export)
     fields = diffusion_layouts.write(export.described, export.layout, export.network)
-    leaves = _rounded(export)
-    rows = _rows(export, leaves)
-    folder.require_room(out, sum(row.bytes for row in rows))
+    entries = diffusion_names.table(export.cfg, export.layout)
+    leaves = rounded(entries, tree.flatten(export.variables), export.dtype_of)
+    fixed = diffusion_names.constants(export.cfg, export.layout)
+    prefix = OFFICIAL_PREFIX if export.layout is Layout.official else ""
+    tensors = rows(entries, leaves, fixed, export.dtype_of, prefix)
+    folder.require_room(out, sum(row.bytes for row in tensors))
     inputs = example(export.cfg, export.described.family)
     parity = inputs | {"output": run(export.cfg, tree.unflatten(leaves), inputs)}
     with folder.writing(out):
         with (out / weights_file(export.layout)).open("wb") as file:
-            write_safetensors(file, rows)
+            write_safetensors(file, tensors)
         with (out / PARITY).open("wb") as file:
             np.savez(file, **parity)
         (out / README).write_text(_readme(export, parity))
@@ -126,20 +130,23 @@ def check(export: ExportDiffusion) -> None:
 # ---------------------------------------------------------------------------------------- tensors
 
 
-def _rows(export: ExportDiffusion, leaves: dict[str, Any]) -> list[Row]:
-    prefix = OFFICIAL_PREFIX if export.layout is Layout.official else ""
+def rows(
+    entries: Sequence[Entry], leaves: Mapping[str, Any], fixed: Mapping[str, np.ndarray],
+    dtype_of: Callable[[str], str], prefix: str = "",
+) -> list[Row]:  # fmt: skip
+    """What is written: the tensors of a table, and those that the network computes (`fixed`)."""
     found = []
-    for entry in diffusion_names.table(export.cfg, export.layout):
+    for entry in entries:
         leaf = leaves[entry.path]
         shape = names.stored_shape(entry, leaf.shape)
         for i, part in enumerate(entry.parts()):
             layer = i if entry.layers else None
             found += [
-                Row(prefix + key, export.dtype_of(key), shape, _reader(part, leaf, layer, j))
+                Row(prefix + key, dtype_of(key), shape, _reader(part, leaf, layer, j))
                 for j, key in enumerate(part.keys)
             ]
-    for key, value in diffusion_names.constants(export.cfg, export.layout).items():
-        found.append(Row(prefix + key, export.dtype_of(key), value.shape, lambda v=value: v))
+    for key, value in fixed.items():
+        found.append(Row(prefix + key, dtype_of(key), value.shape, lambda v=value: v))
     return found
 
 
@@ -148,20 +155,20 @@ def _reader(part: Entry, leaf: Any, layer: int | None, index: int) -> Any:
     return lambda: names.to_torch(part, np.asarray(leaf if layer is None else leaf[layer]))[index]
 
 
-def _rounded(export: ExportDiffusion) -> dict[str, Any]:
+def rounded(
+    entries: Sequence[Entry], leaves: Mapping[str, Any], dtype_of: Callable[[str], str]
+) -> dict[str, Any]:
     """The values as they are after reading them again: rounded where a tensor is not float32."""
-    flat = tree.flatten(export.variables)
-    entries = diffusion_names.table(export.cfg, export.layout)
-    return {e.path: _kept(export, e, flat[e.path]) for e in entries}
+    return {e.path: _kept(e, leaves[e.path], dtype_of) for e in entries}
 
 
-def _kept(export: ExportDiffusion, entry: Entry, leaf: Any) -> Any:
-    if all(export.dtype_of(key) == "float32" for key in entry.keys):
+def _kept(entry: Entry, leaf: Any, dtype_of: Callable[[str], str]) -> Any:
+    if all(dtype_of(key) == "float32" for key in entry.keys):
         return leaf
     tensors = dict(zip(entry.keys, names.to_torch(entry, np.asarray(leaf)), strict=True))
 
     def read(key: str) -> np.ndarray:
-        dtype = DTYPES[export.dtype_of(key)][0]
+        dtype = DTYPES[dtype_of(key)][0]
         with np.errstate(over="ignore"):
             kept = tensors[key].astype(dtype)
         names.check_held(entry, tensors[key], kept)

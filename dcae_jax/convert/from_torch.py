@@ -30,6 +30,7 @@ INDEX = ".safetensors.index.json"
 USUAL = {  # stems of weights in folders, the layout's own first
     Layout.diffusers: ("diffusion_pytorch_model", "model"),
     Layout.official: ("model", "diffusion_pytorch_model"),
+    Layout.vit_mae: ("model", "pytorch_model"),
 }
 DTYPES = ("float32", "float16", "bfloat16")  # float32 holds their values exactly
 ROOTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")

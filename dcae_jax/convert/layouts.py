@@ -22,6 +22,8 @@ CUSTOM = "custom"  # model_name of an official-layout folder whose network is ou
 OWN_WEIGHTS = "own_weights"  # true: model_name is that of the network, and not of the weights
 # diffusers' classes of denoising networks; `diffusion_layouts` reads them.
 DIFFUSION = ("DiTTransformer2DModel", "Transformer2DModel")
+# model_type of transformers' masked autoencoders; `mae_layouts` reads them.
+MASKED = "vit_mae"
 SD_VAE_FACTOR = 0.18215  # what diffusers takes for an AutoencoderKL whose config has no factor
 
 
@@ -37,6 +39,14 @@ class Described(NamedTuple):
 
 def layout_of(fields: JSONValue, where: str) -> Layout:
     """The layout of a config.json of any network that is known here; UserError if it is none."""
+    if isinstance(fields, dict) and "model_type" in fields and "model_name" not in fields:
+        if fields["model_type"] == MASKED:
+            return Layout.vit_mae
+        raise UserError(
+            f"{where} describes transformers' {fields['model_type']}; of transformers' networks "
+            f"{MASKED} is known here (ViTMAEForPreTraining, ViTMAEModel): the masked autoencoder "
+            "before it was fine-tuned"
+        )
     name = _class(fields, where, (*_READERS, *DIFFUSION))
     return Layout.official if name is None else Layout.diffusers
 

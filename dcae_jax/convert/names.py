@@ -3,7 +3,8 @@
 A rule pairs a module of ours with its name in the two PyTorch layouts; `table` applies the rules to
 every leaf that a config's network has.  Sources: the state dicts of DC-AE's official code
 (efficientvit, DC-Gen) and of diffusers' AutoencoderDC and AutoencoderKL.  diffusion_names.py has
-the rules of denoising networks; entries, kinds and transforms are these.
+the rules of denoising networks, mae_names.py those of masked autoencoders; entries, kinds and
+transforms are these.
 """
 
 import enum
@@ -32,6 +33,10 @@ class Layout(enum.Enum):
     diffusers = "diffusers"  # AutoencoderDC, AutoencoderKL, DiTTransformer2DModel
     u_vit = "u_vit"  # U-ViT's own code (baofff)
     dit = "dit"  # the code of DiT (facebookresearch) and SiT
+    vit_mae = "vit_mae"  # transformers' ViTMAEForPreTraining
+    vit_mae_encoder = "vit_mae_encoder"  # transformers' ViTMAEModel
+    mae = "mae"  # MAE's own code (facebookresearch)
+    mae_encoder = "mae_encoder"  # its encoder alone
 
 
 AUTOENCODER_LAYOUTS = (Layout.official, Layout.diffusers)
@@ -42,6 +47,7 @@ class Kind(enum.Enum):
 
     vector = "vector"  # [c], as here; also tables [n, c]
     row = "row"  # [1, n, c] of our [n, c]
+    token = "token"  # [1, 1, c] of our [c]
     conv = "conv"  # [out, in, h, w] of our [h, w, in, out]; depthwise: in = 1 in both
     matrix = "matrix"  # [out, in] of our [in, out]
     pointwise = "pointwise"  # [out, in, 1, 1] of our [in, out]; grouped: in = width of a group
@@ -332,8 +338,8 @@ def stored_shape(entry: Entry, shape: Shape) -> Shape:
     shares = 1 if entry.copies else len(entry.keys)
     if entry.kind is Kind.vector:
         return (shape[0] // shares, *shape[1:])
-    if entry.kind is Kind.row:
-        return (1, *shape)
+    if entry.kind in (Kind.row, Kind.token):
+        return (1,) * (3 - len(shape)) + shape
     if entry.kind is Kind.conv:
         height, width, inputs, outputs = shape
         return outputs, inputs, height, width
@@ -351,7 +357,7 @@ def to_torch(entry: Entry, leaf: np.ndarray) -> list[np.ndarray]:
     if entry.kind is Kind.conv:
         return [leaf.transpose(3, 2, 0, 1)]
     shape = stored_shape(entry, leaf.shape)
-    whole = leaf if entry.kind in (Kind.vector, Kind.row) else leaf.T
+    whole = leaf if entry.kind in (Kind.vector, Kind.row, Kind.token) else leaf.T
     return [part.reshape(shape) for part in np.split(whole, len(entry.keys))]
 
 
@@ -363,6 +369,8 @@ def from_torch(entry: Entry, tensors: list[np.ndarray]) -> np.ndarray:
         whole = whole.transpose(2, 3, 1, 0)
     elif entry.kind is Kind.row:
         whole = whole[0]
+    elif entry.kind is Kind.token:
+        whole = whole[0, 0]
     elif entry.kind is not Kind.vector:
         whole = whole.reshape(whole.shape[:2]).T
     return np.ascontiguousarray(whole)

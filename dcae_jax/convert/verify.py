@@ -6,7 +6,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from dcae_jax.convert import diffusion_layouts, diffusion_names, layouts, names, to_torch
+from dcae_jax.convert import (
+    diffusion_layouts,
+    diffusion_names,
+    layouts,
+    mae_layouts,
+    names,
+    to_torch,
+)
 from dcae_jax.convert.diffusion_names import OFFICIAL_PREFIX, DiffusionModel
 from dcae_jax.convert.diffusion_to_torch import ExportDiffusion, weights_file
 from dcae_jax.convert.names import AnyConfig, Layout
@@ -26,9 +33,8 @@ class Errors(NamedTuple):
     reconstruction: float
 
 
-def missing() -> str:
+def missing(packages: tuple[str, ...] = ("torch", "diffusers")) -> str:
     """What is not installed; "" if all is there."""
-    packages = ("torch", "diffusers")
     absent = [p for p in packages if importlib.util.find_spec(p) is None]
     return " and ".join(absent) + (" is" if len(absent) == 1 else " are" if absent else "")
 
@@ -158,3 +164,34 @@ def _diffusion_state(
                 for key, t in zip(ours.keys, names.to_torch(ours, leaf), strict=True)
             }
     return found
+
+
+# ---------------------------------------------------------------------------- masked autoencoders
+
+
+def masked_problem(out: epath.Path) -> str:
+    """Why an export of a masked autoencoder cannot be verified here; "" if it can."""
+    if absent := missing(("torch", "transformers")):
+        return f"{absent} not installed: pip install torch transformers (CPU builds do)"
+    return f"{out} is not a local folder, which PyTorch reads alone" if "://" in str(out) else ""
+
+
+def verify_masked(folder: epath.Path, layout: Layout) -> float:
+    """The relative error of transformers' network with the folder's weights on a CPU in float32."""
+    import torch
+    import transformers
+
+    cls = getattr(transformers, mae_layouts.CLASSES[layout])
+    net, loading = cls.from_pretrained(
+        str(folder), dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+    )
+    # Tensors that it does not find it draws at random, with a warning at most.
+    if lost := [key for kind in ("missing_keys", "unexpected_keys") for key in loading[kind]]:
+        raise UserError(f"{folder}: transformers does not pair {', '.join(sorted(lost)[:5])}")
+    with np.load(str(folder / to_torch.PARITY)) as stored:
+        ours = {k: torch.tensor(v) for k, v in stored.items()}
+    with torch.no_grad():
+        found = net.eval()(ours["x"].permute(0, 3, 1, 2), noise=ours["noise"])
+    if layout is Layout.vit_mae_encoder:
+        return _relative(found.last_hidden_state, ours["encoded"])
+    return _relative(found.logits, ours["output"])

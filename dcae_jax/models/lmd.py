@@ -71,6 +71,7 @@ class LMDConfig:
     decoder_heads: int = 16
     decoder_pos_sign: int = 1  # -1: the decoder's positions are subtracted, as LMD's code does
     mlp_ratio: float = 4.0
+    norm_eps: float = NORM_EPS  # of every LayerNorm; 1e-12 in transformers' configs
     dtype: Dtype = Dtype.bfloat16  # of activations
     attention: AttentionKernel = AttentionKernel.auto
     scan: bool = True  # one compiled layer in a loop; False: unrolled, slower to compile
@@ -102,6 +103,8 @@ class LMDConfig:
                     f"{name} = {width} is not divisible by 4: positions are sines and cosines of "
                     f"row and column; nearest: {width // 4 * 4 + 4}"
                 )
+        if not 0 <= self.norm_eps < 1:
+            found.append(f"norm_eps = {self.norm_eps}; what is added to a variance, such as 1e-6")
         if self.decoder_pos_sign not in (-1, 1):
             found.append(
                 f"decoder_pos_sign = {self.decoder_pos_sign}; 1 adds the decoder's positions, -1 "
@@ -150,12 +153,13 @@ class Block(nn.Module):
     """x + attn(norm(x)), then x + mlp(norm(x))."""
 
     options: Options
+    eps: float = NORM_EPS
 
     @nn.compact
     def __call__(self, x: Hidden) -> Hidden:
         """Activations in `dtype`."""
-        x = x + Attention(self.options, name="attn")(LayerNorm(NORM_EPS, name="norm1")(x))
-        return x + MLP(self.options, name="mlp")(LayerNorm(NORM_EPS, name="norm2")(x))
+        x = x + Attention(self.options, name="attn")(LayerNorm(self.eps, name="norm1")(x))
+        return x + MLP(self.options, name="mlp")(LayerNorm(self.eps, name="norm2")(x))
 
 
 class _Trunk(nn.Module):
@@ -165,7 +169,8 @@ class _Trunk(nn.Module):
 
     def _declare(self, side: BackboneConfig) -> tuple[Layer, Tree]:
         """(one layer, the parameters of all of them)."""
-        block = Block(options_of(side, XAVIER, tanh_gelu=False), parent=None)
+        options = options_of(side, XAVIER, tanh_gelu=False)
+        block = Block(options, self.cfg.norm_eps, parent=None)
         params = stacked_params(self, "blocks", block, side.depth, jnp.zeros((1, 1, side.width)))
 
         def layer(params: Tree, x: Array, skip: Array | None) -> Array:
@@ -197,7 +202,7 @@ class Encoder(_Trunk):
         first = jnp.broadcast_to(token.astype(dtype.value), (x.shape[0], 1, width))
         tokens = constrain(jnp.concatenate([first, tokens], axis=1))
         step, params = self._declare(cfg.encoder())
-        norm = LayerNorm(NORM_EPS, name="norm")
+        norm = LayerNorm(cfg.norm_eps, name="norm")
         if layer is not None:
             upto = layers_between(params, 0, layer)
             return run_layers(step, upto, tokens, scan=cfg.scan)[0]
@@ -219,7 +224,7 @@ class Decoder(_Trunk):
         tokens = constrain(jnp.concatenate([y[:, :EXTRA_TOKENS], tokens + positions], axis=1))
         step, params = self._declare(cfg.decoder())
         tokens, _ = run_layers(step, params, tokens, scan=cfg.scan)
-        tokens = LayerNorm(NORM_EPS, name="norm")(tokens)
+        tokens = LayerNorm(cfg.norm_eps, name="norm")(tokens)
         out = Dense(cfg.token_size, XAVIER, dtype=dtype, name="head")(tokens)
         return constrain(out[:, EXTRA_TOKENS:].astype(jnp.float32))
 
