@@ -3,7 +3,7 @@
 Command:   python main.py --config=configs/lmd_probe.py:linear --config.init_from=runs/lmd \\
                --config.data.path=gs://BUCKET/latents/f8_224 --workdir=runs/probe
 Hardware:  one GPU for b on latents (LMD's script: one, batch 64)
-Cost:      not yet run.  An example of LMD-B on f8: 9 GFLOP for the probe, 27 to fine-tune
+Cost:      not yet run.  An example of LMD-B on f8: 9 GFLOP for the probe, 26 to fine-tune
 Expected:  not known for LMD: its linear probe could not run, and the tables of its paper were not
            available here.  Published MAE-B on pixels: 68.0 % (linear), 83.6 % (fine-tuned)
 Metric:    top-1 and top-5 accuracy and cross-entropy on the 50,000 images of the validation split
