@@ -246,22 +246,24 @@ class Weights:
     step: int
     source: str  # e.g. "ema 0.999 of step 1200"
     meta: Meta
+    left_out: tuple[str, ...] = ()  # parameters of that run that were not wanted
 
 
 def load_weights(
-    source: str, targets: dict[str, Tree], prefer_ema: bool, new: str = ""
+    source: str, targets: dict[str, Tree], prefer_ema: bool, new: str = "", unused: str = ""
 ) -> Weights:  # fmt: skip
     """The newest valid weights of a run's workdir (or of one step directory).
 
     `targets` are abstract `params` and `stats`.  Only what the other run has in common at the top
     level (e.g. "ae" but not "disc") is read; within it the trees must agree, but for parameters
-    whose path matches the regex `new`: where the other run lacks them they are left out.
+    whose path matches the regex `new`: where the other run lacks them they are left out.  What it
+    has beyond the targets is left out where its path matches `unused`.
     """
     folder, wanted = find_source(source)
     for step in wanted:
         try:
             meta = read_meta(folder, step)
-            return _read_weights(folder, step, meta, targets, prefer_ema, new)
+            return _read_weights(folder, step, meta, targets, prefer_ema, new, unused)
         except DamagedCheckpoint as e:
             logging.warning("checkpoint %s of %s is damaged: %s", step, folder, e)
     raise UserError(f"no valid checkpoint in {folder} (tried steps {wanted})")
@@ -310,9 +312,15 @@ def workdir_of(source: str) -> epath.Path:
 
 
 def _read_weights(
-    folder: epath.Path, step: int, meta: Meta, targets: dict[str, Tree], prefer_ema: bool, new: str
-) -> Weights:
-    saved = meta["leaves"]
+    folder: epath.Path, step: int, meta: Meta, targets: dict[str, Tree], prefer_ema: bool,
+    new: str, unused: str,
+) -> Weights:  # fmt: skip
+    asked = tree.flatten(targets["params"])
+    left_out = tuple(
+        path for path in meta["leaves"]["params"]
+        if path not in asked and re.fullmatch(unused, path)
+    )  # fmt: skip
+    saved = _without(meta["leaves"], left_out)
     decay = None
     if prefer_ema and "ema" in saved:
         decay = ema_name(meta["config"]["ema"]["decays"][0])  # the one that is evaluated
@@ -330,7 +338,21 @@ def _read_weights(
     found = found["ema"][decay] if decay else found
     source = f"{f'ema {decay}' if decay else 'params'} of step {step} in {folder}"
     stats = found["stats"] if "stats" in found else {}
-    return Weights(found["params"], stats, step, source, meta)
+    return Weights(found["params"], stats, step, source, meta, left_out)
+
+
+def _without(
+    saved: dict[str, dict[str, JSONValue]], left_out: tuple[str, ...]
+) -> dict[str, dict[str, JSONValue]]:
+    """The leaves of a checkpoint but for these parameters and their averages."""
+    ends = {"params": 0, "ema": 2}  # ae/..., decay/params/ae/...
+    return {
+        item: {
+            path: row for path, row in rows.items()
+            if item not in ends or "/".join(path.split("/")[ends[item] :]) not in left_out
+        }
+        for item, rows in saved.items()
+    }  # fmt: skip
 
 
 def _part_problems(

@@ -39,7 +39,7 @@ from dcae_jax.data.latents import LatentDataConfig
 from dcae_jax.errors import UserError
 from dcae_jax.report import flops, html, phases, progress, writers
 from dcae_jax.step import TrainState
-from dcae_jax.tasks.base import Extends, Task
+from dcae_jax.tasks.base import Extends, Task, Trims
 from dcae_jax.tree import Tree
 
 DONE, FAILED = 0, 1
@@ -301,8 +301,7 @@ def _weights(
     if cfg.init_from is None:
         say("weights: from scratch (no checkpoint in the workdir, init_from not set)")
         return state, shardings, {}
-    new = task.new_params if isinstance(task, Extends) else ""
-    return _init_from(cfg, state, target, shardings, new), shardings, {}
+    return _init_from(cfg, task, state, target, shardings), shardings, {}
 
 
 def _abstract(state: TrainState, cfg: RunConfig, mesh: Mesh) -> tuple[TrainState, TrainState]:
@@ -315,15 +314,16 @@ def _abstract(state: TrainState, cfg: RunConfig, mesh: Mesh) -> tuple[TrainState
 
 
 def _init_from(
-    cfg: RunConfig, state: TrainState, target: TrainState, shardings: TrainState, new: str
+    cfg: RunConfig, task: Task, state: TrainState, target: TrainState, shardings: TrainState
 ) -> TrainState:
-    """The fresh state with another run's parameters; says what was taken and what was reset.
-
-    new: regex of the parameters that the other run may lack.
-    """
+    """The fresh state with another run's parameters; says what was taken and what was reset."""
     targets = {"params": target.params, "stats": target.stats}
     ema = cfg.init_weights is InitWeights.ema
-    found = checkpoint.load_weights(cfg.init_from, targets, prefer_ema=ema, new=new)
+    found = checkpoint.load_weights(
+        cfg.init_from, targets, prefer_ema=ema,
+        new=task.new_params if isinstance(task, Extends) else "",
+        unused=task.unused_params if isinstance(task, Trims) else "",
+    )  # fmt: skip
     mine, taken = tree.flatten(state.params), tree.flatten(found.params)
     params, stats = tree.unflatten({**mine, **taken}), {**state.stats, **found.stats}
     average = jax.jit(
@@ -333,6 +333,9 @@ def _init_from(
         p if p.split("/")[0] in found.params else p.split("/")[0] for p in mine if p not in taken
     )
     say(f"weights: init_from {found.source}: {', '.join(sorted(found.params))}")
+    if found.left_out:
+        every = found.meta["leaves"]["params"]
+        say(f"  left out there: {', '.join(tree.shortest(found.left_out, every))}")
     say(f"  reset: step, optimizer, EMA{', ' + ', '.join(fresh) + ' (new)' if fresh else ''}")
     return state.replace(params=params, stats=stats, ema=average)
 

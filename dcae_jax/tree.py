@@ -7,6 +7,7 @@ leading layer axis.  Their canonical names are per layer: layer 3 of `net/blocks
 """
 
 import re
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -105,6 +106,17 @@ def merge(*trees: Tree) -> Tree:
 def size(tree: Tree) -> int:
     """Number of scalars in the tree."""
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def shortest(some: Collection[str], every: Collection[str]) -> list[str]:
+    """The fewest names for `some` of `every` path: of a part that is among them as a whole, its."""
+    others, found = set(every) - set(some), {}
+    for path in some:
+        parts = path.split("/")
+        names = ["/".join(parts[:n]) for n in range(1, len(parts) + 1)]
+        alone = (n for n in names if not any(p == n or p.startswith(f"{n}/") for p in others))
+        found[next(alone)] = None
+    return list(found)
 
 
 def by_module(tree: Tree, depth: int = 3) -> dict[str, int]:

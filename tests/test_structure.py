@@ -26,7 +26,7 @@ DIFFUSION = {
     "paper_usit": ("h,f32", "2b,f64"), "paper_dit": ("xl,f32", "s,f8"),
     "md_uvit": ("h,f32,curriculum", "2b,f64,maskdit", "s,f8,lmd"),
     "modern_dit": ("xl,f32", "s,f128,online"), "modern_usit": ("h,f32", "s,f64,online"),
-    "lmd": ("b,f8", "l,f32", "h,f64"),
+    "lmd": ("b,f8", "l,f32", "h,f64"), "lmd_probe": ("finetune,b,f8", "finetune,h,f64"),
 }  # fmt: skip
 PHASED = [path for path in CONFIGS if path.stem not in DIFFUSION]
 PHASES = ("phase1", "phase2", "phase3")
@@ -312,6 +312,18 @@ def test_promise_9_the_pixel_baseline_resolves_validates_and_survives_json(size)
     assert cfg.task.latent_shape == (*[cfg.data.resolution] * 2, 3)
     with pytest.raises(UserError, match="is not SIZE,LATENT"):
         flags.load(f"{ROOT}/configs/lmd.py:mae,x")
+
+
+@pytest.mark.parametrize("arg", ["linear", "linear,l,f32", "linear,mae,h", "finetune,mae,b"])
+def test_promise_9_probes_resolve_validate_and_survive_json(arg):
+    cfg = config.resolve(flags.load(f"{ROOT}/configs/lmd_probe.py:{arg}"))
+    cfg.init_from = "runs/before"
+    config.validate(cfg)
+    again = config.from_json(json.loads(config.dumps(cfg)))
+    assert again == cfg and config.dumps(config.resolve(again)) == config.dumps(cfg)
+    assert (cfg.task.trainable == "head/.*") == arg.startswith("linear")
+    with pytest.raises(UserError, match="is neither linear nor finetune"):
+        flags.load(f"{ROOT}/configs/lmd_probe.py:probe")
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)

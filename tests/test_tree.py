@@ -90,3 +90,12 @@ def test_only_selected_layers_are_kept():
     flat = tree.flatten(STACKS)
     for path in ("net/in_blocks/mlp/bias", "net/patch_embed/bias"):  # none of it, and all
         assert found[path] is flat[path]
+
+
+def test_shortest_names_stand_for_what_is_there_as_a_whole():
+    every = tree.flatten(PARAMS)
+    whole = [p for p in every if p.startswith("ae/encoder")]
+    assert tree.shortest(whole, every) == ["ae/encoder"]
+    assert tree.shortest(whole[:1], every) == ["ae/encoder/conv_in/bias"]
+    assert tree.shortest([p for p in every if p.startswith("ae/")], every) == ["ae"]
+    assert tree.shortest(["a/b"], ["a/b", "a/bc"]) == ["a/b"] and tree.shortest([], every) == []

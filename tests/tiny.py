@@ -21,6 +21,7 @@ from dcae_jax.tasks.autoencode import AdversarialConfig, AutoencodeConfig, LossC
 from dcae_jax.tasks.diffuse import DiffuseConfig
 from dcae_jax.tasks.latents import Normalisation
 from dcae_jax.tasks.mask_latents import MaskLatentsConfig
+from dcae_jax.tasks.probe import ProbeConfig
 
 TRAINABLE = {
     Phase.low_res_full: "ae/.*",
@@ -95,7 +96,7 @@ def diffusion(network: str = "uvit", *, batch: int = 16, steps: int = 10) -> Run
 
 def constants(cfg: RunConfig) -> dict:
     """Those of the task, without files."""
-    if not isinstance(cfg.task, DiffuseConfig | MaskLatentsConfig):
+    if not isinstance(cfg.task, DiffuseConfig | MaskLatentsConfig | ProbeConfig):
         return {}
     channels = cfg.task.model.in_channels
     return {"norm": Normalisation(jnp.full(channels, 0.5), jnp.full(channels, 0.8))}

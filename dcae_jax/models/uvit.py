@@ -182,13 +182,23 @@ class UViT(nn.Module):
         half = cfg.depth // 2
         block = Block(cfg.options(), parent=None)
         sample = jnp.zeros((1, 1, cfg.width))
-        into = stacked_params(self, "in_blocks", block, half, sample)
-        middle = block_params(self, "mid_block", block, sample)
+        into, middle = self._first_half(block, sample)
         out = stacked_params(self, "out_blocks", block, half, sample, sample)
         into, out = (cast_kernels(p, Dtype(cfg.dtype)) for p in (into, out))
-        layer = with_remat(_layer(block), Remat(cfg.remat), cfg.scan)
-        alone = with_remat(_layer(block), Remat(cfg.remat), scan=False)
-        return Stacks(layer, alone, into, middle, out)
+        return Stacks(*self._layers(block), into, middle, out)
+
+    def _first_half(self, block: Block, sample: Hidden) -> tuple[Tree, Tree]:
+        """Declares the blocks up to the middle one: (stacked, in the middle)."""
+        into = stacked_params(self, "in_blocks", block, self.cfg.depth // 2, sample)
+        return into, block_params(self, "mid_block", block, sample)
+
+    def _layers(self, block: Block) -> tuple[Layer, Layer]:
+        """(one of a stack, the one in the middle)."""
+        cfg = self.cfg
+        return (
+            with_remat(_layer(block), Remat(cfg.remat), cfg.scan),
+            with_remat(_layer(block), Remat(cfg.remat), scan=False),
+        )
 
     def _blocks(self, x: Hidden, return_hidden: int | None) -> tuple[Hidden, Hidden]:
         """(after the last block, after block `return_hidden` or anything)."""
@@ -207,6 +217,22 @@ class UViT(nn.Module):
         upto, rest = layers_between(out, 0, k), layers_between(out, k, half)
         hidden, _ = run_layers(layer, upto, x, skips[:k], scan=cfg.scan)
         return run_layers(layer, rest, hidden, skips[k:], scan=cfg.scan)[0], hidden
+
+
+class UViTEncoder(UViT):
+    """A UViT up to its middle block, which has half of its parameters; for features."""
+
+    @nn.compact
+    def __call__(self, x: Output, time: Real[Array, "b"], cond: dict[str, Array]) -> Hidden:
+        """The f32 patch tokens after the middle block: a UViT's hidden ones of that layer."""
+        cfg = self.cfg
+        self._grid(x)
+        tokens = constrain(self._embed(x, time, cond))
+        block = Block(cfg.options(), parent=None)
+        into, middle = self._first_half(block, jnp.zeros((1, 1, cfg.width)))
+        layer, alone = self._layers(block)
+        y, _ = run_layers(layer, cast_kernels(into, Dtype(cfg.dtype)), tokens, scan=cfg.scan)
+        return alone(middle, y, None)[:, EXTRA_TOKENS:].astype(jnp.float32)
 
 
 def _layer(block: Block) -> Layer:

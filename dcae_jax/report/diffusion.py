@@ -82,7 +82,10 @@ def _model(task: dict[str, Any]) -> str:
 
 
 def _objective(task: dict[str, Any]) -> str:
-    """What it is trained for: diffusion, or the tokens that a schedule masks."""
+    """What it is trained for: labels, diffusion, or the tokens that a schedule masks."""
+    if "classes" in task:
+        how = {"linear": "linear probe", "finetune": "fine-tuned"}[task["mode"]]
+        return f"{how} on {task['classes']} classes"
     if "process" in task:
         process = task["process"]
         return (

@@ -141,3 +141,10 @@ class Extends(Protocol):
     """A task whose network is another one with more parameters."""
 
     new_params: str  # regex of whole paths; weights of `init_from` may lack them: they start fresh
+
+
+@runtime_checkable
+class Trims(Protocol):
+    """A task whose network is a part of another one."""
+
+    unused_params: str  # regex of whole paths: weights of `init_from` that are not taken

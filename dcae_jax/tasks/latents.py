@@ -70,6 +70,22 @@ class Reads(Protocol):
     data: Any
 
 
+@runtime_checkable
+class AsksProcess(Protocol):
+    """An evaluator that draws samples."""
+
+    name: str
+    sampler: Any
+
+
+@runtime_checkable
+class AsksTimes(Protocol):
+    """An evaluator that scores by diffusion time."""
+
+    name: str
+    bins: int
+
+
 class LatentNorm(enum.Enum):
     """How latents are brought to unit size."""
 
@@ -228,6 +244,39 @@ def reader_problems(run: RunConfig) -> list[str]:
         if isinstance(e, Reads) and isinstance(e.data, Encodes)
         and not isinstance(run.data, Encodes)
     ]  # fmt: skip
+
+
+def kind_problems(run: RunConfig) -> list[str]:
+    """Evaluators on images of a run on latents, or the other way round."""
+    pixels = are_pixels(run.data)
+    return [
+        f"evals: {e.name} reads {'latents' if pixels else 'images'}, and this run trains on "
+        f"{'images' if pixels else 'latents'}; give it data of that kind"
+        for e in run.evals
+        if isinstance(e, Reads) and are_pixels(e.data) != pixels
+    ]
+
+
+def process_problems(run: RunConfig, instead: str) -> list[str]:
+    """Evaluators of diffusion models in a run without a diffusion time."""
+    return [
+        f"evals: {e.name} is for diffusion models, and this one has no diffusion time; use "
+        f"{instead}"
+        for e in run.evals
+        if isinstance(e, AsksProcess | AsksTimes)
+    ]
+
+
+def pixel_problems(run: RunConfig, shape: tuple[int, int, int]) -> list[str]:
+    """Images of a run on pixels that are not of the shape (h, w, c) that the network takes."""
+    side = run.data.resolution
+    if shape == (side, side, 3):
+        return []
+    return [
+        f"the images are {side} x {side} x 3, but task.model takes {' x '.join(map(str, shape))}; "
+        "set data.resolution or input_size and in_channels, or train on latents: "
+        "data=LatentDataConfig(path=...)"
+    ]
 
 
 def spatial_problems(run: RunConfig) -> list[str]:

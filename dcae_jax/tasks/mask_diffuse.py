@@ -30,8 +30,7 @@ from dcae_jax.models.md_uvit import NEW_PARAMS, Fill, Masked, MDUViTConfig
 from dcae_jax.models.transformer import patchify, unpatchify
 from dcae_jax.tasks.base import Batch, Inputs, Loss, Metrics, Variables
 from dcae_jax.tasks.diffuse import DiffuseConfig, DiffuseTask, Draws
-from dcae_jax.tasks.latents import Latents
-from dcae_jax.tasks.mask_latents import AsksTimes
+from dcae_jax.tasks.latents import AsksTimes, Latents
 from dcae_jax.tree import Tree
 
 # Below it a batch of almost pure noise counts less, instead of dividing by zero.

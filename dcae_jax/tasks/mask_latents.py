@@ -9,7 +9,7 @@ network unscaled latents of deviation 5.5, latents are normalised here as for di
 
 from collections.abc import Hashable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,33 +26,19 @@ from dcae_jax.tasks.base import Batch, Inputs, Loss, Objective, Variables
 from dcae_jax.tasks.latents import (
     LatentNorm,
     Latents,
-    Reads,
     are_pixels,
     data_problems,
     expect_shape,
     inputs_of,
+    kind_problems,
+    pixel_problems,
+    process_problems,
     reader_problems,
     spatial_problems,
 )
 from dcae_jax.tree import Tree
 
 Tokens = Float[Array, "b n p"]
-
-
-@runtime_checkable
-class AsksProcess(Protocol):
-    """An evaluator that draws samples."""
-
-    name: str
-    sampler: Any
-
-
-@runtime_checkable
-class AsksTimes(Protocol):
-    """An evaluator that scores by diffusion time."""
-
-    name: str
-    bins: int
 
 
 class Visible(NamedTuple):
@@ -104,32 +90,12 @@ class MaskLatentsConfig:
     def run_problems(self, run: RunConfig) -> list[str]:
         """Problems that this task sees in the whole run."""
         pixels = are_pixels(run.data)
-        found = self._pixel_problems(run) if pixels else data_problems(run)
-        found += reader_problems(run) + spatial_problems(run)
-        for e in run.evals:
-            if isinstance(e, Reads) and are_pixels(e.data) != pixels:
-                found.append(
-                    f"evals: {e.name} reads {'latents' if pixels else 'images'}, and this run "
-                    f"trains on {'images' if pixels else 'latents'}; give it data of that kind"
-                )
-            if isinstance(e, AsksProcess | AsksTimes):
-                found.append(
-                    f"evals: {e.name} is for diffusion models, and this one has no diffusion time; "
-                    "use MaskedConfig of evals/masked.py"
-                )
+        found = pixel_problems(run, self.latent_shape) if pixels else data_problems(run)
+        found += reader_problems(run) + spatial_problems(run) + kind_problems(run)
+        found += process_problems(run, "MaskedConfig of evals/masked.py")
         if not self.model.problems() and not self.mask.problems() and run.steps > 0:
             found += self._mask_problems(run.steps)
         return found
-
-    def _pixel_problems(self, run: RunConfig) -> list[str]:
-        side = run.data.resolution
-        if self.latent_shape == (side, side, 3):
-            return []
-        return [
-            f"the images are {side} x {side} x 3, but task.model takes "
-            f"{' x '.join(map(str, self.latent_shape))}; set data.resolution or input_size and "
-            "in_channels, or train on latents: data=LatentDataConfig(path=...)"
-        ]
 
     def _mask_problems(self, steps: int) -> list[str]:
         tokens = self.model.tokens

@@ -1,13 +1,17 @@
 """Promises on whole runs of masked autoencoders: resume, one program for each number of tokens."""
 
 import diffusing
+import jax
 import masks
 import numpy as np
 import pytest
 import runs
+from etils import epath
 
-from dcae_jax import train
+from dcae_jax import checkpoint, config, rng, step, train, tree
 from dcae_jax.distributed import EXIT_PREEMPTED
+from dcae_jax.errors import UserError
+from dcae_jax.tasks.probe import Mode
 
 
 def test_the_schedule_changes_the_program_where_the_tests_say():
@@ -17,8 +21,10 @@ def test_the_schedule_changes_the_program_where_the_tests_say():
 
 
 def test_promise_2_a_run_that_is_stopped_between_two_programs_ends_in_the_same_bits(tmp_path):
-    # Polls: 1 at the start, 3 batches of the first evaluation, 1 after compiling, 1 a step.
-    assert diffusing.run(masks.make(), tmp_path, poll=1 + 3 + 1 + masks.SWITCH) == EXIT_PREEMPTED
+    # Polls: 1 at the start, 3 batches of the first evaluation, 1 between the traces of the two
+    # programs, 1 after them, 1 a step.
+    polls = 1 + 3 + 1 + 1 + masks.SWITCH
+    assert diffusing.run(masks.make(), tmp_path, poll=polls) == EXIT_PREEMPTED
     assert runs.steps(tmp_path)[-1] == masks.SWITCH
     assert diffusing.run(masks.make(), tmp_path) == train.DONE
     whole, _ = masks.whole()
@@ -29,7 +35,7 @@ def test_promise_2_a_run_that_is_stopped_between_two_programs_ends_in_the_same_b
 def test_promise_2_a_mask_run_that_is_stopped_everywhere_ends_in_the_same_bits(tmp_path):
     """After each of its steps."""
     stops = 0
-    while diffusing.run(masks.make(), tmp_path, poll=6) == EXIT_PREEMPTED:
+    while diffusing.run(masks.make(), tmp_path, poll=7) == EXIT_PREEMPTED:
         stops += 1
         assert stops < 20
     assert stops > 3
@@ -55,6 +61,70 @@ def test_a_mask_run_learns_and_reports_what_it_did():
     assert np.mean([rows[k]["train/latent_rms"] for k in range(1, 9)]) == pytest.approx(1, abs=0.1)
     page = (workdir / "report.html").read_text()
     assert "masked-test" in page and "predicts masked tokens, mask cosine up to 75 %" in page
+
+
+def test_promise_4_a_probe_leaves_the_encoder_that_it_took_as_it_is(tmp_path, capsys):
+    """From the averages of a run; nothing of it moves but the head, whatever decays."""
+    source, _ = masks.whole()
+    cfg = masks.probe(init_from=str(source))
+    assert diffusing.run(cfg, tmp_path) == train.DONE
+    said = capsys.readouterr().out
+    assert (
+        "init_from ema 0.9 of step 8" in said and ": net\n  left out there: net/decoder\n" in said
+    )
+    assert "reset: step, optimizer, EMA, head (new)" in said
+
+    first, last = (
+        checkpoint.read_meta(epath.Path(tmp_path) / "checkpoints", k)["leaves"] for k in (0, 4)
+    )
+    known = checkpoint.read_meta(epath.Path(source) / "checkpoints", 8)["leaves"]["ema"]
+    encoder = [path for path in last["params"] if path.startswith("net/")]
+    assert encoder and all(path.startswith("net/encoder/") for path in encoder)
+    for path in encoder:  # shape, dtype and digest
+        assert last["params"][path] == first["params"][path] == known[f"0.9/params/{path}"]
+        assert last["ema"][f"0.9/params/{path}"] == known[f"0.9/params/{path}"]
+    for item, path in [("params", "head/kernel"), ("stats", "head/mean"), ("stats", "head/var")]:
+        assert last[item][path] != first[item][path]
+    assert not any("net/" in path for path in last["opt"])
+    assert any("head/kernel" in path for path in last["opt"])
+
+    scores = runs.rows(tmp_path)[4]
+    assert scores["accuracy-test/n"] == 10 and 0 <= scores["accuracy-test/top1"] <= 1
+    assert "accuracy-test/top5" not in scores and runs.summary(tmp_path)["phase"] == "probe"
+    page = (tmp_path / "report.html").read_text()
+    assert "linear probe on 2 classes" in page and "accuracy-test" in page
+
+
+def test_fine_tuning_leaves_out_the_encoders_last_norm_and_refuses_what_does_not_fit():
+    source, _ = masks.whole()
+
+    def load(unused=None, **changes):
+        cfg = masks.probe(**{"task.mode": Mode.finetune, "task.trainable": ".*"}, **changes)
+        task = cfg.task.build(cfg)
+        state = jax.eval_shape(lambda: step.init_state(task, cfg, rng.key(0)))
+        mesh = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        params = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=mesh), state.params
+        )
+        targets = {"params": params, "stats": state.stats}
+        unused = task.unused_params if unused is None else unused
+        return checkpoint.load_weights(str(source), targets, prefer_ema=True, unused=unused)
+
+    found = load()
+    every = found.meta["leaves"]["params"]
+    assert tree.shortest(found.left_out, every) == ["net/decoder", "net/encoder/norm"]
+    assert found.params.keys() == {"net"} and found.params["net"].keys() == {"encoder"}
+    with pytest.raises(UserError, match=r"net/encoder/norm/bias: in the checkpoint but not needed"):
+        load(unused="net/decoder/.*")
+    with pytest.raises(UserError, match=r"patch_embed/kernel: shape"):
+        load(**{"task.model": masks.model(width=32)})
+
+
+def test_a_probe_of_latents_with_other_classes_is_refused_before_it_starts(tmp_path):
+    cfg = masks.probe(init_from=str(masks.whole()[0]), **{"task.classes": 3})
+    config.validate(cfg)
+    with pytest.raises(UserError, match=r"of 2 classes, but task\.classes = 3; set it to 2"):
+        diffusing.run(cfg, tmp_path)
 
 
 @pytest.mark.slow
