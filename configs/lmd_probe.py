@@ -5,8 +5,7 @@ Command:   python main.py --config=configs/lmd_probe.py:linear --config.init_fro
 Hardware:  one GPU for b on latents (LMD's script: one, batch 64)
 Cost:      not yet run.  An example of LMD-B on f8: 9 GFLOP for the probe, 26 to fine-tune
 Expected:  not known for LMD: its linear probe could not run, and the tables of its paper were not
-           available here.  MAE-B on pixels, published after 1600 epochs (twice those of
-           configs/lmd.py): 68.0 % (linear), 83.6 % (fine-tuned)
+           available here.  MAE-B on pixels, published: 83.6 % (fine-tuned)
 Metric:    top-1 and top-5 accuracy and cross-entropy on the 50,000 images of the validation split
 
 The argument is MODE, MODE,SIZE,LATENT or MODE,mae,SIZE: linear or finetune; sizes and latents as in
@@ -31,7 +30,7 @@ ones in each epoch, bfloat16 activations, everything on f32 and f64, when to eva
 """
 
 from configs import lmd as pretraining
-from dcae_jax import diffusion_recipes, optim
+from dcae_jax import diffusion_recipes, lmd_recipes, optim
 from dcae_jax.config import (
     CheckpointConfig,
     EmaConfig,
@@ -49,7 +48,7 @@ from dcae_jax.evals.accuracy import AccuracyConfig
 from dcae_jax.models.lmd import LMDConfig
 from dcae_jax.tasks.probe import Mode, ProbeConfig
 
-IMAGES, HELD_OUT = pretraining.IMAGES, 50_000  # of ImageNet, training and validation
+IMAGES, HELD_OUT = lmd_recipes.IMAGES, 50_000  # of ImageNet, training and validation
 
 
 def get_config(arg: str = "linear") -> RunConfig:
