@@ -12,6 +12,7 @@ from jaxtyping import Array
 
 from dcae_jax import masking
 from dcae_jax.bench.autoencoder import alternate, report
+from dcae_jax.errors import UserError
 from dcae_jax.models import lmd
 from dcae_jax.models.layers import Dtype
 from dcae_jax.models.lmd import LMDConfig
@@ -41,6 +42,13 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args(argv)
+    if wrong := [n for n in args.tokens if n < 4 or round(n**0.5) ** 2 != n]:
+        raise UserError(f"--tokens {wrong[0]}: tokens stand in a square; 49, 64 or 256, say")
+    if not 0 < args.ratio < 1 or round(min(args.tokens) * (1 - args.ratio)) < 1:
+        raise UserError(
+            f"--ratio {args.ratio:g} of {min(args.tokens)} tokens: some must be masked and some "
+            "visible; 0.75 is usual"
+        )
     print(
         f"width {args.width}, depth {args.depth}, batch {args.batch}, float32, "
         f"{jax.device_count()} x {jax.devices()[0]}"

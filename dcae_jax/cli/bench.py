@@ -1,4 +1,4 @@
-"""Measures this machine: `bench autoencoder` times the model's fast forms against plain ones."""
+"""Measures this machine: `bench autoencoder` (its fast forms), `bench masking` (what it saves)."""
 
 import importlib
 import pkgutil

@@ -6,8 +6,12 @@ First a small f8 autoencoder is trained on the built-in photographs and its late
 (a) LMD (arXiv 2312.07971) with every schedule of the mask, with MAE's constant 0.75, and a masked
     autoencoder of pixels with as many tokens; judged by what they fill into held-out photographs,
     three quarters of which are masked, against FLOPs and against seconds.
-(b) The masking-diffusion UViT through its three stages, and the plain UViT for as many FLOPs;
-    judged by the loss on held-out latents and by samples.
+(b) The masking-diffusion UViT through its three stages, and the plain UViT; judged by the loss on
+    held-out latents and by samples.
+
+All arms of a part train for the same FLOPs, each with a number of steps of its own and its whole
+schedule.  Latents are those of a cache, each crop with its mirror image; the arm on pixels draws
+its crops anew.
 
 Every arm is a run of its own (`train.train`) below the output folder, so whatever stops the study,
 the same command goes on from there.  masking_report.py makes the tables.
@@ -23,6 +27,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from etils import epath
+from jax.sharding import Mesh
 from jaxtyping import Float64
 
 from dcae_jax import config as config_lib
@@ -56,6 +61,7 @@ from dcae_jax.models.uvit import UViTConfig
 from dcae_jax.report import flops, progress, writers
 from dcae_jax.studies import base
 from dcae_jax.tasks.autoencode import AutoencodeConfig, LossConfig
+from dcae_jax.tasks.base import Task
 from dcae_jax.tasks.diffuse import DiffuseConfig
 from dcae_jax.tasks.latents import LatentNorm
 from dcae_jax.tasks.mask_diffuse import MaskDiffuseConfig
@@ -78,17 +84,17 @@ class Settings:
     latent_channels: int = 4
     autoencoder_steps: int = 200
     autoencoder_batch: int = 8
-    crops: int = 2048  # of the cache, and as many mirror images
+    crops: int = 2048  # of the cache; and as many mirror images
     held_out: int = 128  # latents
     width: int = 64  # of all transformers
     depth: int = 4
     heads: int = 2
     decoder_depth: int = 1  # of (a)
     batch: int = 16
-    steps: int = 220  # of (a)
+    steps: int = 220  # of the constant mask of (a); the others take as many FLOPs
     rate: float = 2e-3
     buckets: tuple[int, ...] = (192, 128, 64)  # visible tokens
-    diffusion_steps: int = 110  # of the plain UViT; the other takes as many FLOPs
+    diffusion_steps: int = 110  # of the plain UViT of (b), likewise
     seeds: tuple[int, ...] = (0, 1, 2)
     eval_images: int = 32
     samples: int = 64
@@ -197,15 +203,27 @@ def autoencoder_config(settings: Settings) -> RunConfig:
 
 def arm_config(settings: Settings, arm: Arm, latents: str) -> RunConfig:
     """The resolved config of an arm; `latents` is the cache."""
-    if arm.fills:
-        cfg = _fill_config(settings, arm, latents)
-    elif arm.kind == PLAIN:
-        cfg = _diffusion_config(settings, latents)
-    else:
-        cfg = _masked_config(settings, latents)
+    measure, steps = (
+        ("constant", settings.steps) if arm.fills else (PLAIN, settings.diffusion_steps)
+    )
+    cfg = _config(settings, measure, latents, steps)
+    if arm.kind != measure:
+        budget = costs(cfg)[-1]
+        # The mean cost of a step hardly depends on their number: schedules are shares of it.
+        mean = costs(_config(settings, arm.kind, latents, steps))[-1] / steps
+        cfg = _config(settings, arm.kind, latents, round(budget / mean))
     cfg.name, cfg.seed = f"masking study: {arm.kind}", arm.seed
-    for evaluator in cfg.evals:
-        evaluator.every = 0 if evaluator.every == 0 else math.ceil(cfg.steps / settings.points)
+    return _resolved(cfg)
+
+
+def _config(settings: Settings, kind: str, latents: str, steps: int) -> RunConfig:
+    """Of a kind, for so many steps; resolved."""
+    cfg = _run(settings, steps, settings.batch)
+    if kind in (PLAIN, MASKED):
+        _diffuse(cfg, settings, latents, masked=kind == MASKED)
+    else:
+        _fill(cfg, settings, kind, latents)
+    cfg.evals[0].every = math.ceil(steps / settings.points)
     return _resolved(cfg)
 
 
@@ -229,9 +247,9 @@ def _resolved(cfg: RunConfig) -> RunConfig:
     return cfg
 
 
-def _fill_config(settings: Settings, arm: Arm, latents: str) -> RunConfig:
+def _fill(cfg: RunConfig, settings: Settings, kind: str, latents: str) -> None:
     """(a): on latents, or on pixels with as many tokens."""
-    s, pixels = settings, arm.kind == PIXELS
+    s, pixels = settings, kind == PIXELS
     model = LMDConfig(
         in_channels=3 if pixels else s.latent_channels, patch=FACTOR if pixels else 1,
         input_size=(s.side, s.side) if pixels else (s.grid, s.grid),
@@ -239,39 +257,38 @@ def _fill_config(settings: Settings, arm: Arm, latents: str) -> RunConfig:
         decoder_width=s.width, decoder_depth=s.decoder_depth, decoder_heads=s.heads,
         dtype=Dtype.float32,
     )  # fmt: skip
-    kind = MaskKind.constant if pixels else MaskKind(arm.kind)
-    cfg = _run(s, s.steps, s.batch)
+    schedule = MaskKind.constant if pixels else MaskKind(kind)
     cfg.task = MaskLatentsConfig(
-        model=model, mask=MaskConfig(kind=kind, buckets=s.buckets), norm_target=False,
+        model=model, mask=MaskConfig(kind=schedule, buckets=s.buckets), norm_target=False,
         latent_norm=LatentNorm.channel,
     )  # fmt: skip
     cfg.data = photos(s, "train") if pixels else LatentDataConfig(path=latents, threads=2)
-    cfg.evals = [
-        FilledConfig(images=photos(s, "test"), n=s.eval_images, batch=s.eval_images, every=1)
-    ]
-    return cfg
+    cfg.evals = [FilledConfig(images=photos(s, "test"), n=s.eval_images, batch=s.eval_images)]
 
 
-def _diffusion_config(settings: Settings, latents: str) -> RunConfig:
-    """(b): the plain UViT."""
-    s = settings
-    cfg = _run(s, s.diffusion_steps, s.batch)
-    cfg.task = DiffuseConfig(
-        model=UViTConfig(**_sizes(s)), process=_process(), latent_norm=LatentNorm.channel
-    )
+def _diffuse(cfg: RunConfig, settings: Settings, latents: str, masked: bool) -> None:
+    """(b): the plain UViT, or the other one in the stages of the default recipe."""
+    s, same = settings, {"process": _process(), "latent_norm": LatentNorm.channel}
+    if masked:
+        recipe = mask_recipes.curriculum()
+        recipe.stages[0].mask.buckets = s.buckets
+        model = MDUViTConfig(**_sizes(s), **recipe.model, k_out=1)
+        cfg.task = MaskDiffuseConfig(model=model, stages=recipe.stages, **recipe.task, **same)
+        cfg.optim.milestones = recipe.milestones
+    else:
+        cfg.task = DiffuseConfig(model=UViTConfig(**_sizes(s)), **same)
     cfg.data = LatentDataConfig(path=latents, threads=2)
+    held_out = {"path": latents, "split": "test", "flip": False}
     cfg.evals = [
         ValLossConfig(
-            data=LatentDataConfig(path=latents, split="test", flip=False), n=s.held_out,
-            batch=s.eval_images, bins=5, every=1,
+            data=LatentDataConfig(**held_out), n=s.held_out, batch=s.eval_images, bins=5
         ),
         ClassScoresConfig(
-            data=LatentDataConfig(path=latents, split="test", flip=False), n=s.samples,
-            batch=s.eval_images, sampler=DPM2MConfig(steps=20), guidance=GuidanceConfig(scale=1.5),
-            every=0, at_start=False,
+            data=LatentDataConfig(**held_out), n=s.samples, batch=s.eval_images,
+            sampler=DPM2MConfig(steps=20), guidance=GuidanceConfig(scale=1.5), every=0,
+            at_start=False,
         ),
     ]  # fmt: skip
-    return cfg
 
 
 def _sizes(settings: Settings) -> dict[str, object]:
@@ -288,43 +305,27 @@ def _process() -> ProcessConfig:
     )
 
 
-def _masked_config(settings: Settings, latents: str) -> RunConfig:
-    """(b): the same for as many FLOPs, in the stages of the default recipe."""
-    plain, recipe = _diffusion_config(settings, latents), mask_recipes.curriculum()
-    budget = costs(_resolved(plain))[-1]
-
-    def staged(steps: int) -> RunConfig:
-        cfg = _run(settings, steps, settings.batch)
-        cfg.task = MaskDiffuseConfig(
-            model=MDUViTConfig(**_sizes(settings), **recipe.model, k_out=1), process=_process(),
-            latent_norm=LatentNorm.channel, stages=recipe.stages, **recipe.task,
-        )  # fmt: skip
-        cfg.task.stages[0].mask.buckets = settings.buckets
-        cfg.optim.milestones = recipe.milestones
-        cfg.data, cfg.evals = plain.data, plain.evals
-        return cfg
-
-    # The mean cost of a step hardly depends on their number: stages are shares of it.
-    trial = staged(settings.diffusion_steps)
-    mean = costs(_resolved(trial))[-1] / settings.diffusion_steps
-    return staged(round(budget / mean))
-
-
 def costs(cfg: RunConfig) -> Float64[np.ndarray, " steps"]:
     """FLOPs of the training up to the end of each step, counted on the jaxpr."""
     mesh, task = sharding.make_mesh(cfg.mesh), cfg.task.build(cfg)
-    with jax.set_mesh(mesh):
-        state = jax.eval_shape(lambda: step.init_state(task, cfg, rng.key(cfg.seed)))
-        batch, constants = train.abstract_batch(cfg, mesh), task.abstract_constants()
-
-        def count(static: Hashable) -> float:
-            def one(s: object, c: object, b: object) -> object:
-                return step.train_step(task, cfg, static, s, c, b)
-
-            return flops.count(one, state, constants, batch).total
-
-        each = {static: count(static) for static in task.statics(0, cfg.steps)}
+    each = {key: _step_flops(cfg, task, mesh, key) for key in task.statics(0, cfg.steps)}
     return np.cumsum([each[task.static(k)] for k in range(cfg.steps)], dtype=np.float64)
+
+
+_COUNTED: dict[tuple[str, str], float] = {}  # a count takes a second, and arms share programs
+
+
+def _step_flops(cfg: RunConfig, task: Task, mesh: Mesh, static: Hashable) -> float:
+    """Of one step; neither the seed nor the number of steps changes it."""
+    name = json.dumps(config_lib.to_json([cfg.task, cfg.batch, cfg.data])), str(static)
+    if name not in _COUNTED:
+        with jax.set_mesh(mesh):
+            state = jax.eval_shape(lambda: step.init_state(task, cfg, rng.key(cfg.seed)))
+            arguments = state, task.abstract_constants(), train.abstract_batch(cfg, mesh)
+            _COUNTED[name] = flops.count(
+                lambda s, c, b: step.train_step(task, cfg, static, s, c, b), *arguments
+            ).total
+    return _COUNTED[name]
 
 
 # ------------------------------------------------------------------------------------------- runs
@@ -338,7 +339,7 @@ def run(settings: Settings, out: str, preemption: distributed.Preemption) -> Stu
     ae, latents = autoencoder_config(settings), folder / "latents"
     train.say("== the autoencoder")
     base.train_arm(ae, folder / "autoencoder", preemption)
-    _cache(settings, folder, latents)
+    _cache(settings, folder, latents, preemption)
     results, arms = [], [Arm(kind, seed) for seed in settings.seeds for kind in KINDS]
     for i, arm in enumerate(arms):
         spent = sum(r.seconds for r in results)
@@ -359,13 +360,15 @@ def _check_devices(settings: Settings) -> None:
         )
 
 
-def _cache(settings: Settings, folder: epath.Path, latents: epath.Path) -> None:
+def _cache(
+    settings: Settings, folder: epath.Path, latents: epath.Path, preemption: distributed.Preemption
+) -> None:
     """The latents of both splits, by the command; what is there already is kept."""
     for split, n in (("train", settings.crops), ("test", settings.held_out)):
-        code = cache_latents.main(
-            ["--from", str(folder / "autoencoder"), "--out", str(latents), "--split", split,
-             "--n", str(n)]
-        )  # fmt: skip
+        preemption.check()  # a signal during the caching of a split is seen at its end
+        options = ["--from", str(folder / "autoencoder"), "--out", str(latents), "--split", split]
+        flips = ["--flips"] if split == "train" else []
+        code = cache_latents.main([*options, "--n", str(n), *flips])
         if code:
             raise UserError(f"caching the latents of {split} ended with exit code {code}")
 
