@@ -7,8 +7,12 @@ import xml.etree.ElementTree
 import jax
 import numpy as np
 import pytest
+import runs
+from etils import epath
 
+from dcae_jax import distributed
 from dcae_jax.masking import MaskKind
+from dcae_jax.report import writers
 from dcae_jax.studies import masking, masking_report
 from dcae_jax.studies.masking import KINDS, MASKED, PIXELS, PLAIN, Arm, Point, Result, Settings
 
@@ -99,6 +103,49 @@ def test_seconds_of_a_program_are_those_it_took_alone() -> None:
     each = np.diff(masking._seconds(rows, {"programs": programs}, cfg))
     # 2 s where nothing else is known, a quarter where the program was timed.
     assert each[0] == pytest.approx(2.0) and each[-1] == pytest.approx(0.25)
+
+
+def test_points_of_a_curve_know_what_was_spent(tmp_path) -> None:
+    arm = Arm("cosine", 0)
+    cfg = masking.arm_config(masking.quick(), arm, LATENTS)
+    name, half = cfg.evals[0].name, cfg.steps // 2
+    writer = writers.MetricsWriter(str(tmp_path), 0)
+    for k, value in ((half, 15.0), (cfg.steps, 16.0)):
+        writer.write_scalars(k, {"train/images_per_s": 10.0})
+        writer.write_scalars(k, {f"{name}/psnr_pixel_masked": value})
+    writer.close()
+    after = {name: {"psnr_pixel_masked": 16.0, "psnr_latent_masked": 17.0, "n": 8.0}}
+    summary = {"evals": {"after": after}, "baselines": {name: {"autoencoder": {}}}, "n_trained": 9}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    found, total = masking.read(epath.Path(tmp_path), arm, cfg), masking.costs(cfg)
+    assert found.curve == [
+        Point(half, total[half - 1], pytest.approx(half * cfg.batch / 10), 15.0),
+        Point(cfg.steps, total[-1], pytest.approx(cfg.steps * cfg.batch / 10), 16.0),
+    ]
+    assert found.flops == total[-1] and found.after["psnr_latent_masked"] == 17.0
+    assert found.flops_per_image == pytest.approx(total[-1] / cfg.steps / cfg.batch)
+
+
+@pytest.mark.slow
+def test_a_real_study_goes_on_after_a_preemption(tmp_path, monkeypatch) -> None:
+    settings = masking.quick()
+    settings.seeds = (0,)
+    monkeypatch.setattr(masking, "KINDS", ("cosine", PIXELS, MASKED))
+    with runs.devices(1):
+        with pytest.raises(distributed.Preempted):
+            masking.run(settings, str(tmp_path), runs.StopAt(12))
+        found = masking.run(settings, str(tmp_path), distributed.Preemption())
+        before = runs.digest(tmp_path / "cosine-seed0")
+        masking.run(settings, str(tmp_path), distributed.Preemption())
+    after = runs.digest(tmp_path / "cosine-seed0")
+    del before["run.lock"], after["run.lock"]
+    assert before == after, "a finished arm was touched"
+    assert [r.arm.kind for r in found.results] == ["cosine", PIXELS, MASKED]
+    for result in found.results:
+        steps = [p.step for p in result.curve]
+        assert steps == sorted(steps) and steps[-1] == result.steps
+        assert result.curve[-1].flops == result.flops
+    assert found.encoder_flops > 0
 
 
 # --------------------------------------------------------------------------------- what is said
