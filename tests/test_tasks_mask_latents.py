@@ -327,7 +327,7 @@ def test_what_the_numbers_of_the_network_mean_may_not_change_on_resume(field, tm
     (tmp_path / "config.json").write_text(json.dumps(record))
 
     def compare():
-        provenance.compare(epath.Path(tmp_path), cfg, "", False, lambda text: None)
+        provenance.check(epath.Path(tmp_path), cfg, "", False, lambda text: None)
 
     setattr(cfg.task, field, {"norm_target": False, "latent_norm": LatentNorm.channel}[field])
     with pytest.raises(UserError, match=rf"another run(.|\n)*task\.{field}: "):
