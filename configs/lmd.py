@@ -3,7 +3,7 @@
 Command:   python main.py --config=configs/lmd.py:b,f8 --workdir=gs://BUCKET/lmd_b \\
                --config.data.path=gs://BUCKET/latents/f8_224
 Hardware:  one GPU for b on latents (LMD's script: one, batch 64); published MAE: 64 GPUs
-Cost:      not yet run.  Forward pass of an image: LMD-B on f8 6.4 GFLOP as the mean over its masks,
+Cost:      not yet run.  Forward pass of an image: LMD-B on f8 6.5 GFLOP as the mean over its masks,
            MAE-B 19.6; with one encoding of the image in each step 208 more, so cache the latents
 Expected:  not published.  LMD's repository names no result of its own, and the tables of the paper
            were not available here
@@ -33,6 +33,7 @@ evaluate.
 
 from dcae_jax import diffusion_recipes, lmd_recipes
 from dcae_jax.config import RunConfig
+from dcae_jax.errors import UserError
 from dcae_jax.models import lmd
 
 SIZES = {"b": lmd.lmd_b, "l": lmd.lmd_l, "h": lmd.lmd_h}
@@ -45,8 +46,12 @@ LATENTS = {
 
 def get_config(arg: str = "b,f8") -> RunConfig:
     """The run of SIZE,LATENT or mae,SIZE."""
-    if arg.startswith("mae,"):
-        size, _ = diffusion_recipes.choose(f"{arg.removeprefix('mae,')},mae", PIXEL_SIZES, ["mae"])
-        return lmd_recipes.mae(PIXEL_SIZES[size](), f"MAE-{size.upper()}")
-    size, latent = diffusion_recipes.choose(arg, SIZES, LATENTS)
+    size, _, latent = arg.partition(",")
+    if size == "mae" and latent in PIXEL_SIZES:
+        return lmd_recipes.mae(PIXEL_SIZES[latent](), f"MAE-{latent.upper()}")
+    if size not in SIZES or latent not in LATENTS:
+        raise UserError(
+            f"{arg!r} is neither SIZE,LATENT nor mae,SIZE: sizes are {', '.join(SIZES)}, latents "
+            f"{', '.join(LATENTS)}"
+        )
     return lmd_recipes.lmd(SIZES[size](**LATENTS[latent]), f"LMD-{size.upper()} {latent}")

@@ -1,4 +1,4 @@
-"""MD-UViT: masking and diffusion in one UViT on DC-AE latents of ImageNet 512, in eight recipes.
+"""MD-UViT: masking and diffusion in one UViT on DC-AE latents of ImageNet 512, in nine recipes.
 
 Command:   python main.py --config=configs/md_uvit.py:h,f32,curriculum \\
                --workdir=gs://BUCKET/md_uvit_h --config.data.path=gs://BUCKET/latents/f32c32
@@ -9,13 +9,15 @@ Expected:  not yet run, and nothing is published on it.  UViT-H on f32 with the 
 Metric:    the validation loss by time and grids of fixed classes; the error of masked tokens
 
 The argument is SIZE,LATENT,RECIPE: s, h or 2b; f32, f64 or f8; and a recipe of
-dcae_jax/mask_recipes.py: curriculum, diffusion, lmd, mae, maskdit, maskdm, microdit, tread.
+dcae_jax/mask_recipes.py: channels (not of f8), curriculum, diffusion, lmd, mae, maskdit, maskdm,
+microdit, tread.  `channels` is for latents of configs/dcae_f64c128.py:structured.
 Latents are made once, as for configs/paper_uvit.py.  Weights of a UViT start a run:
 --config.init_from=DIR.
 
 Stated by others: UViT's optimizer, process and EMA (configs/paper_uvit.py); the mask ratios, their
 schedules and the weights of the losses of LMD (arXiv 2312.07971), MAE (2111.06377), MaskDiT
-(2306.09305), MaskDM (2306.11363), MicroDiT (2407.15811) and TREAD (2501.04765).
+(2306.09305), MaskDM (2306.11363), MicroDiT (2407.15811) and TREAD (2501.04765); the objective of
+`channels` of DC-AE 1.5 (2508.00413).
 Chosen here: the network, that one loss holds all of them, `curriculum` and its numbers (15 % of the
 steps reconstruct, 70 % do both with half of the tokens masked, 15 % are unmasked at half the rate,
 every tenth of those a rehearsal), the weight alpha^2 of reconstruction from noisy tokens, two full

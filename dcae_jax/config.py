@@ -108,6 +108,11 @@ class OptimConfig:
                 "optim.optimizer = adan with beta1 = 0.9, beta2 = 0.999, which are AdamW's: they "
                 "mean something else there; set beta1=0.98, beta2=0.92, beta3=0.99"
             )
+        if self.optimizer is Optimizer.adamw and (self.beta1, self.beta2) == (0.98, 0.92):
+            found.append(
+                "optim.optimizer = adamw with beta1 = 0.98, beta2 = 0.92, which are Adan's: they "
+                "mean something else there; set beta1=0.9, beta2=0.999 (MAE: 0.95)"
+            )
         found += self._milestone_problems()
         found += [
             f"optim.groups: {g.pattern!r} is not a regular expression ({why})"

@@ -25,6 +25,7 @@ _TABLES = {
     256: (218, 192, 160, 128, 96, 64),
 }
 _TABLE_SIZE = 6
+_SMALLEST, _LARGEST = 0.15, 0.75  # ratios that the tables reach
 _CHUNK = 2**16  # steps whose numbers are computed at once
 _ROUNDING = 1e-9  # 49 (1 - 0.75) must not become 12.2499... and 64 (1 - 0.75) not 15.9999...
 
@@ -56,7 +57,9 @@ class MaskConfig:
     end: float = 0.75
     # Share of the steps after which `end` is held; 0: 2/3, as LMD's code, and 1 for linear.
     ramp: float = 0.0
-    buckets: tuple[int, ...] = ()  # numbers of visible tokens to choose from; (): six of them
+    # Numbers of visible tokens to choose from, beside all of them, which is always one; (): six
+    # from 85 % down to 25 %, and further ones where the schedule goes beyond them.
+    buckets: tuple[int, ...] = ()
     rounding: Rounding = Rounding.nearest
 
     def problems(self) -> list[str]:
@@ -84,13 +87,21 @@ class MaskConfig:
             found.append(
                 f"mask.buckets = {self.buckets}, but there are only {tokens} tokens to be visible"
             )
-        most = self.end if self.kind is MaskKind.constant else max(self.start, self.end)
+        name, most = max(self._ratios().items(), key=lambda item: item[1])
         if not found and int(self.keeps(np.asarray([most]), tokens)[0]) < 1:
             found.append(
-                f"a mask ratio of {most:g} leaves none of {tokens} tokens visible; lower mask.end "
-                "or use a smaller patch"
+                f"a mask ratio of {most:g} leaves none of {tokens} tokens visible; lower "
+                f"mask.{name} or use a smaller patch"
             )
         return found
+
+    def _ratios(self) -> dict[str, float]:
+        """Those that the schedule goes through; its smallest and its largest are among them."""
+        if self.kind is MaskKind.constant:
+            return {"end": self.end}
+        if self.kind is MaskKind.piecewise:
+            return {"end": self.end, "middle": self.middle, "start": self.start}
+        return {"end": self.end, "start": self.start}
 
     def ratio(
         self, step: int | Int64[np.ndarray, " n"], steps: int
@@ -114,7 +125,10 @@ class MaskConfig:
 
     def table(self, tokens: int) -> tuple[int, ...]:
         """The numbers of visible tokens that `nearest` and `up` choose from, and all of them."""
-        return tuple(sorted({*(self.buckets or _TABLES.get(tokens) or _spread(tokens)), tokens}))
+        if self.buckets:
+            return tuple(sorted({*self.buckets, tokens}))
+        ratios = self._ratios().values()
+        return tuple(sorted({*_numbers(tokens, min(ratios), max(ratios)), tokens}))
 
     def keeps(
         self, ratio: Float64[np.ndarray, " n"], tokens: int
@@ -147,6 +161,21 @@ class MaskConfig:
 
 def _squared_cosine(done: Float64[np.ndarray, "..."]) -> Float64[np.ndarray, "..."]:
     return np.cos((done + COSINE_OFFSET) / (1 + COSINE_OFFSET) * np.pi / 2) ** 2
+
+
+def _numbers(tokens: int, least: float, most: float) -> set[int]:
+    """The six of `tokens`, and what reaches from there to ratios that are beyond 0.15 .. 0.75.
+
+    The steps to the largest ratio are as fine as those of the six: an eighth of the tokens.
+    """
+    found = set(_TABLES.get(tokens) or _spread(tokens))
+    fewest, low = max(math.floor(tokens * (1 - most) + _ROUNDING), 1), min(found)
+    if most > _LARGEST and fewest < low:
+        pieces = math.ceil((low - fewest) / max(tokens / 8, 1))
+        found |= {round(n) for n in np.linspace(fewest, low, pieces + 1)}
+    if least < _SMALLEST:
+        found.add(max(math.floor(tokens * (1 - least) + _ROUNDING), *found))
+    return found
 
 
 def _spread(tokens: int) -> tuple[int, ...]:
@@ -210,12 +239,28 @@ def random_order(
 ) -> Int[Array, "b n"]:
     """An order of the tokens for each example, all equally likely.
 
-    block: squares of so many tokens a side stay together (MaskDM, arXiv 2306.11363).
+    block: squares of so many tokens a side stay together (MaskDM, arXiv 2306.11363), and their
+    orders are equally likely; all tokens are visible equally often where `keep` holds whole squares
+    (`whole_squares`) and all squares are whole.
     """
     height, width = -(-rows // block), -(-columns // block)
     score = jax.random.uniform(key, (batch, height, width))
     score = score.repeat(block, axis=1)[:, :rows].repeat(block, axis=2)[:, :, :columns]
     return jnp.argsort(score.reshape(batch, rows * columns), axis=1, stable=True)
+
+
+def whole_squares(
+    keep: Int64[np.ndarray, " n"], block: int, tokens: int
+) -> Int64[np.ndarray, " n"]:  # fmt: skip
+    """The nearest numbers of visible tokens that are whole squares of `block` tokens a side.
+
+    At least one square is visible, and where tokens are masked at least one is masked.
+    """
+    if block == 1:
+        return keep
+    size = block**2
+    squares = np.clip((keep + size // 2) // size, 1, tokens // size - 1)
+    return np.where(keep < tokens, squares * size, tokens)
 
 
 def indexed_order(

@@ -35,7 +35,10 @@ CADENCE = (
     r"|deterministic|init_from|init_weights"
 )
 # These make it another run: model shape, phase, data identity and order.
-IDENTITY = r"task\.(class|phase|model|bottleneck|trainable).*|data\..*|seed|batch|ema\.decays|class"
+IDENTITY = (
+    r"task\.(class|phase|model|bottleneck|trainable|norm_target|rec_target|latent_norm).*"
+    r"|data\..*|seed|batch|ema\.decays|class"
+)
 
 
 @functools.cache

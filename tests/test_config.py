@@ -131,6 +131,7 @@ def test_json_of_an_older_version_gets_the_defaults_of_newer_fields():
     ("changes", "message"),
     [
         ({"optimizer": Optimizer.adan}, "set beta1=0.98, beta2=0.92, beta3=0.99"),
+        ({"beta1": 0.98, "beta2": 0.92}, "adamw with beta1 = 0.98, beta2 = 0.92, which are Adan's"),
         ({"beta3": 1.0}, "optim.beta3 = 1.0 is not in [0, 1)"),
         ({"milestones": (0.5, 0.5)}, "each is a pair (share of the steps, factor on the rate)"),
         ({"milestones": ((0.5, 0.5), (0.5, 0.1))}, "at 0.5, 0.5 of the steps"),

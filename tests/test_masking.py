@@ -130,6 +130,30 @@ def test_what_the_rounding_costs(tokens):
     assert (up >= exact).all() and len(set(up)) == 6
 
 
+@pytest.mark.parametrize("tokens", [16, 49, 64, 256])
+@pytest.mark.parametrize(
+    ("fields", "low", "high"),
+    [
+        ({"end": 0.9}, 0.15, 0.9),
+        ({"kind": MaskKind.constant, "end": 0.85}, 0.85, 0.85),
+        ({"start": 0.05}, 0.05, 0.75),
+        ({"kind": MaskKind.piecewise, "middle": 0.8, "end": 0.8}, 0.15, 0.8),
+    ],
+)  # fmt: skip
+def test_the_table_reaches_the_ratios_of_the_schedule(tokens, fields, low, high):
+    """Its ends are met to the token, and no step is further from it than half of its widest gap."""
+    cfg = MaskConfig(**fields)
+    exact = {r: kept(r, tokens, rounding=Rounding.exact) for r in (low, high)}
+    assert abs(cfg.keep(0, T, tokens) - exact[low]) <= 1  # rounded to the nearest, not down
+    assert abs(cfg.keep(T - 1, T, tokens) - exact[high]) <= 1
+    off = np.abs(cfg.keeps(cfg.ratio(STEPS, T), tokens) / tokens - (1 - cfg.ratio(STEPS, T)))
+    # Half of an eighth, or of the 0.15 above the published numbers; half a token for whole numbers.
+    assert off.max() <= 0.15 / 2 + 0.5 / tokens
+    published = MaskConfig().table(tokens)
+    assert set(published) < set(cfg.table(tokens))
+    assert len(cfg.table(tokens)) <= len(published) + 2
+
+
 def test_buckets_are_those_that_are_named():
     cfg = MaskConfig(buckets=(40, 20))
     assert cfg.table(49) == (20, 40, 49) and cfg.visited(0, T, T, 49) == [40, 20]
@@ -163,12 +187,6 @@ def test_visited_numbers_are_those_of_each_step():
     assert falling.visited(0, T, T, 49) == [12, 18, 24, 30, 36, 41, 49]
 
 
-def test_resuming_has_the_ratio_of_the_step():
-    """It is a function of the step alone: 30,000 steps more change nothing that was."""
-    cfg = MaskConfig()
-    np.testing.assert_array_equal(cfg.ratio(STEPS[30_000:], T), cfg.ratio(STEPS, T)[30_000:])
-
-
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -192,6 +210,10 @@ def test_too_few_tokens_are_named():
     assert "leaves none of 8 tokens visible" in found and "lower mask.end" in found
     assert MaskConfig(end=0.75, **exact).token_problems(4) == []
     assert MaskConfig().token_problems(1) == []  # all of one, says the table
+    (found,) = MaskConfig(
+        kind=MaskKind.piecewise, middle=0.99, rounding=Rounding.exact
+    ).token_problems(49)
+    assert "a mask ratio of 0.99 leaves none of 49" in found and "lower mask.middle" in found
     (found,) = MaskConfig(buckets=(9, 50)).token_problems(49)
     assert "only 49 tokens" in found
 

@@ -24,7 +24,7 @@ CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 DIFFUSION = {
     "demo_diffusion": ("",), "paper_uvit": ("s,f32", "h,f64", "2b,f64", "s,f8"),
     "paper_usit": ("h,f32", "2b,f64"), "paper_dit": ("xl,f32", "s,f8"),
-    "md_uvit": ("h,f32,curriculum", "2b,f64,maskdit", "s,f8,lmd"),
+    "md_uvit": ("h,f32,curriculum", "2b,f64,maskdit", "s,f8,lmd", "s,f64,channels"),
     "modern_dit": ("xl,f32", "s,f128,online"), "modern_usit": ("h,f32", "s,f64,online"),
     "lmd": ("b,f8", "l,f32", "h,f64"), "lmd_probe": ("finetune,b,f8", "finetune,h,f64"),
 }  # fmt: skip
@@ -310,8 +310,9 @@ def test_promise_9_the_pixel_baseline_resolves_validates_and_survives_json(size)
     again = config.from_json(json.loads(config.dumps(cfg)))
     assert again == cfg and config.dumps(config.resolve(again)) == config.dumps(cfg)
     assert cfg.task.latent_shape == (*[cfg.data.resolution] * 2, 3)
-    with pytest.raises(UserError, match="is not SIZE,LATENT"):
-        flags.load(f"{ROOT}/configs/lmd.py:mae,x")
+    for wrong in ("mae", "mae,x", "mae,b,f8", "b,f16"):
+        with pytest.raises(UserError, match=f"'{wrong}' is neither SIZE,LATENT nor mae,SIZE: size"):
+            flags.load(f"{ROOT}/configs/lmd.py:{wrong}")
 
 
 @pytest.mark.parametrize("arg", ["linear", "linear,l,f32", "linear,mae,h", "finetune,mae,b"])

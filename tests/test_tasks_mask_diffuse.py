@@ -15,8 +15,10 @@ from dcae_jax.diffusion.guidance import GuidanceConfig
 from dcae_jax.diffusion.process import Kind, ProcessConfig, Space
 from dcae_jax.diffusion.samplers import DPM2MConfig
 from dcae_jax.errors import UserError
+from dcae_jax.evals.filled import FilledConfig
 from dcae_jax.evals.generate import GenerateConfig
 from dcae_jax.evals.masked import MaskedConfig
+from dcae_jax.evals.reconstruct import ReconstructConfig
 from dcae_jax.evals.val_loss import ValLossConfig
 from dcae_jax.masking import MaskConfig, MaskKind, Rounding
 from dcae_jax.models import md_uvit, transformer, uvit
@@ -224,7 +226,8 @@ def test_plain_diffusion_is_the_task_of_diffusion_bit_for_bit():
 @pytest.mark.parametrize("always", [True, False])
 def test_augmented_training_adds_the_loss_of_the_first_channels(always):
     cfg = made(
-        JOINT, model={"adaptive_channels": True}, channel_weight=0.3, always_all=always,
+        JOINT, model={"adaptive_channels": True}, channel_weight=0.3 if always else 1.0,
+        always_all=always,
         channel_counts=(1, 2, 3) if always else (1, 2, 4),
     )  # fmt: skip
     task = cfg.task.build(cfg)
@@ -315,6 +318,28 @@ def test_squares_are_masked_together():
     assert (masked == masked[:, :, :1, :, :1]).all() and masked.mean() == 0.75
 
 
+@pytest.mark.parametrize(("ratio", "keep"), [(0.9, 4), (0.6, 8), (0.1, 12)])
+def test_squares_are_whole_and_each_position_is_visible_equally_often(ratio, keep):
+    """1, 6 and 14 of 16 tokens, in squares of 4: to the nearest, neither none nor all of them."""
+    cfg = made(StageConfig(mask=at(ratio), block=2), model=VISIBLE)
+    task, draws = cfg.task.build(cfg), 4000
+    assert task.static(0).keep == keep
+    batch = {"latent": jnp.zeros((draws, 4, 4, 4)), "label": jnp.zeros(draws, jnp.int32)}
+    examples = task.prepare(jax.random.key(5), batch, jnp.int32(0), task.static(0)).examples
+    visible = ~np.asarray(examples["split"].masked()).reshape(draws, 2, 2, 2, 2)
+    assert (visible == visible[:, :, :1, :, :1]).all()
+    share = visible.reshape(draws, 16).mean(0)
+    # Five standard deviations of so many draws.
+    assert np.abs(share - keep / 16).max() < 5 * np.sqrt(keep / 16 * (1 - keep / 16) / draws)
+
+
+def test_a_rehearsal_is_in_whole_squares_and_has_its_own_ratio():
+    stage = StageConfig(rehearse_every=4, rehearse_ratio=0.85)  # the table of no mask is all tokens
+    assert made(stage).task.build(made(stage)).static(3).keep == 2
+    stage.block = 2
+    assert made(stage).task.build(made(stage)).static(3).keep == 4
+
+
 def forward(model, plan=None):
     """FLOPs of the network on one image of a plan, with the heads that the plan needs."""
     shape = jax.ShapeDtypeStruct
@@ -346,20 +371,30 @@ def test_the_curriculum_costs_three_fifths_of_plain_diffusion():
 
 @pytest.mark.parametrize("name", mask_recipes.RECIPES)
 def test_every_recipe_is_a_valid_run(name):
-    for latent in ("s,f32", "h,f64"):
+    for latent in ("s,f32", "h,f32", "h,f64"):
         cfg = config.resolve(flags.load(f"configs/md_uvit.py:{latent},{name}"))
         config.validate(cfg)
         task = cfg.task.build(cfg)
         assert len(task.describe()) > len(cfg.task.stages)
         plans = task.statics(0, cfg.steps)
         assert len(plans) <= 10 and all(p.diffusion or p.reconstruction for p in plans)
+        assert all(p.keep % p.block**2 == 0 for p in plans), "whole squares"
         if name not in ("lmd", "mae"):  # what is sampled has no mask
             final = [task.static(k) for k in range(cfg.steps - 5, cfg.steps)]
             assert final[0].keep == final[0].tokens or name == "tread"
 
 
+def test_channels_of_latents_with_few_are_refused():
+    cfg = config.resolve(flags.load("configs/md_uvit.py:h,f64,channels"))
+    task = cfg.task.build(cfg)
+    assert {p.channels for p in task.statics(0, 100)} == {16, 32, 64}
+    assert flags.load("configs/md_uvit.py:s,f32,channels").task.channel_counts == (16,)
+    with pytest.raises(UserError, match="more than 16 channels, and these have 4; use f32 or f64"):
+        flags.load("configs/md_uvit.py:s,f8,channels")
+
+
 def test_an_unknown_recipe_is_named():
-    with pytest.raises(UserError, match=r"sizes are s, h, 2b, latents f32.* recipes curriculum"):
+    with pytest.raises(UserError, match=r"sizes are s, h, 2b, latents f32.* recipes channels, cu"):
         flags.load("configs/md_uvit.py:h,f32")
 
 
@@ -410,19 +445,6 @@ def test_networks_that_cannot_fill_in_say_so():
             task.fill(Variables({}, {}, {}), x, order, 4, label)
 
 
-def test_features_are_the_mean_after_the_middle_block_at_time_zero():
-    cfg = made(LATENT)
-    task = cfg.task.build(cfg)
-    variables = shaken(task)
-    x, label = jax.random.normal(jax.random.key(0), (2, 4, 4, 4)), jnp.arange(2)
-    found = jax.jit(lambda x: task.features(variables, x, label))(x)
-    _, hidden = jax.jit(lambda x: task.net.apply(
-        {"params": variables.params["net"]}, x, jnp.zeros(2), {"label": label}, 3
-    ))(x)  # fmt: skip
-    np.testing.assert_allclose(found, hidden.mean(1), atol=1e-6)
-    assert found.shape == (2, 16)
-
-
 # --------------------------------------------------------------------------------------- mistakes
 
 WHOLE = dict(mask=unmasked(), clean=1.0, diffusion=0.0, reconstruction=1.0)
@@ -460,8 +482,16 @@ MISTAKES = {
     "ratio": (
         lambda: made(StageConfig(rehearse_every=5, rehearse_ratio=1.0)), "rehearse_ratio = 1.0"
     ),
+    "all rehearsed": (
+        lambda: made(StageConfig(rehearse_every=5, rehearse_ratio=0.99, mask=at(0.5))),
+        r"stages\[0\]: rehearse_ratio = 0.99 leaves none of 16 tokens visible; at most 0.937",
+    ),
     "block": (lambda: made(StageConfig(block=0)), "block = 0; 1 masks single"),
     "large block": (lambda: made(StageConfig(block=5)), "block = 5, but there are 4 x 4 tokens"),
+    "one block": (
+        lambda: made(StageConfig(block=4)), "two or more whole squares of that side; 1, 2 are poss"
+    ),
+    "cut block": (lambda: made(StageConfig(block=3)), "block = 3, but there are 4 x 4 tokens"),
     "all masked": (lambda: made(StageConfig(mask=at(0.99))), "leaves none of 16 tokens visible"),
     "start": (lambda: made(StageConfig(mask=MaskConfig(start=1.0))), "mask.start = 1.0; a share"),
     "one number": (
@@ -491,6 +521,13 @@ MISTAKES = {
         lambda: made(channel_counts=(2,), channel_weight=0.0, model={"adaptive_channels": True}),
         "channel_weight = 0.0",
     ),
+    "weight of nothing": (
+        lambda: made(
+            channel_counts=(2, 4), channel_weight=0.5, always_all=False,
+            model={"adaptive_channels": True},
+        ),
+        "channel_weight = 0.5 weighs what is added .* always_all=False nothing is added; set it to",
+    ),
     "channels of nothing": (
         lambda: made(LATENT, channel_counts=(2,), model={"adaptive_channels": True}),
         "is for the diffusion loss, and no stage has one",
@@ -502,7 +539,23 @@ MISTAKES = {
         lambda: made(LATENT, run={"evals": [ValLossConfig()]}), "is for diffusion models, and no s"
     ),
     "masked": (
-        lambda: made(model=VISIBLE, run={"evals": [MaskedConfig()]}), "asks for masked tokens; the"
+        lambda: made(model=VISIBLE, run={"evals": [MaskedConfig()]}),
+        "asks for masked tokens: this network has no reconstruction head",
+    ),
+    "filled": (
+        lambda: made(model=VISIBLE, run={"evals": [FilledConfig()]}),
+        "asks for masked tokens, filled in and decoded: this network has no reconstruction head",
+    ),
+    "whitened": (
+        lambda: made(LATENT, rec_target=RecTarget.whitened, run={"evals": [FilledConfig()]}),
+        "filled in and decoded: this network was trained on rec_target = whitened",
+    ),
+    "head that nothing trains": (
+        lambda: made(run={"evals": [MaskedConfig()]}),
+        "asks for masked tokens: no stage trains this network's head",
+    ),
+    "reconstructed": (
+        lambda: made(run={"evals": [ReconstructConfig()]}), "asks for an autoencoder's reconstru"
     ),
     "label": (lambda: made(label_dropout=1.0), "label_dropout = 1.0; a probability below 1"),
 }  # fmt: skip

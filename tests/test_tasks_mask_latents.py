@@ -1,25 +1,31 @@
 """The task of masked autoencoders: loss, draws, filling in, pixels, work, mistakes in a config."""
 
+import json
 import math
 import time
 
+import diffusing
 import jax
 import jax.numpy as jnp
 import masks
 import numpy as np
 import pytest
+import tiny
 from diffusing import online
+from etils import epath
 
-from dcae_jax import config, flags, masking, rng, step
+from dcae_jax import config, flags, masking, provenance, rng, step
 from dcae_jax.data.latents import LatentDataConfig
 from dcae_jax.errors import UserError
+from dcae_jax.evals.filled import FilledConfig
 from dcae_jax.evals.generate import GenerateConfig
 from dcae_jax.evals.masked import MaskedConfig
+from dcae_jax.evals.reconstruct import ReconstructConfig
 from dcae_jax.evals.val_loss import ValLossConfig
 from dcae_jax.masking import MaskConfig, MaskKind, Rounding
 from dcae_jax.report import flops
 from dcae_jax.tasks.base import Fills, Task, Variables
-from dcae_jax.tasks.latents import Normalisation
+from dcae_jax.tasks.latents import LatentNorm, Normalisation
 from dcae_jax.tasks.mask_latents import Visible
 
 NORM = Normalisation(jnp.array([0.5, -1.0, 0.0, 2.0]), jnp.array([0.8, 1.0, 2.0, 0.5]))
@@ -248,6 +254,16 @@ def test_the_work_of_a_step_is_three_forward_passes():
             {"task.mask": MaskConfig(end=0.97, rounding=Rounding.exact)},
             "mask ratio of 0.97 leaves none of 16 tokens visible",
         ),
+        (
+            {"task.mask": MaskConfig(buckets=(7, 8))},
+            r"at a ratio of 0.15, 13.6 are to be visible, and of mask.buckets = \(7, 8\) and all "
+            "16, which always count, 16 is the nearest: add 13 to mask.buckets, or raise mask.st",
+        ),
+        (
+            {"evals": [FilledConfig()], "task.norm_target": True},
+            "filled-test-0.75 asks for masked tokens, filled in and decoded: this network predicts "
+            "whitened tokens .* train with --config.task.norm_target=False",
+        ),
         ({"task.mask.buckets": (20,)}, "there are only 16 tokens to be visible"),
         ({"task.model.patch": 3}, "not a multiple of patch = 3"),
         ({"mesh.spatial": 2}, "attention kernels refuse a sharded sequence"),
@@ -282,6 +298,44 @@ def test_mistakes_with_images_are_named():
         masks.pixels(**{"data.resolution": 32, "evals": []})
     with pytest.raises(UserError, match="reads latents, and this run trains on images"):
         masks.pixels(evals=[MaskedConfig(data=LatentDataConfig(path="x"))])
+    with pytest.raises(UserError, match="asks for an autoencoder's reconstructions: this run trai"):
+        masks.pixels(evals=[ReconstructConfig(data=masks.images("test"))])
+
+
+def test_what_is_asked_for_can_be_had():
+    """Whitened tokens have errors, and other ones can be filled in too."""
+    data = LatentDataConfig(split="test")
+    masks.make(cached=False, evals=[MaskedConfig(data=data)], **{"task.norm_target": True})
+    masks.make(cached=False, evals=[MaskedConfig(data=data), FilledConfig()])
+
+
+@pytest.mark.parametrize("asked", [MaskedConfig, FilledConfig])
+def test_runs_that_mask_nothing_are_not_asked_for_masked_tokens(asked):
+    said = r"asks for masked tokens.*: this (network has only learned to remove noise|run )"
+    for cfg in (masks.probe(cached=False), diffusing.make(), tiny.run()):
+        cfg.evals = [asked()]
+        with pytest.raises(UserError, match=said):
+            config.validate(config.resolve(cfg), 1)
+
+
+@pytest.mark.parametrize("field", ["norm_target", "latent_norm"])
+def test_what_the_numbers_of_the_network_mean_may_not_change_on_resume(field, tmp_path):
+    """The shapes are the same; an older record without the field had its default, and resumes."""
+    cfg = masks.make(cached=False, **{"task.latent_norm": LatentNorm.scalar})
+    cfg.task.norm_target = True  # both are the defaults
+    record = {"config": config.to_json(cfg)}
+    (tmp_path / "config.json").write_text(json.dumps(record))
+
+    def compare():
+        provenance.check(epath.Path(tmp_path), cfg, "", False, lambda text: None)
+
+    setattr(cfg.task, field, {"norm_target": False, "latent_norm": LatentNorm.channel}[field])
+    with pytest.raises(UserError, match=rf"another run(.|\n)*task\.{field}: "):
+        compare()
+    setattr(cfg.task, field, {"norm_target": True, "latent_norm": LatentNorm.scalar}[field])
+    del record["config"]["task"][field]
+    (tmp_path / "config.json").write_text(json.dumps(record))
+    compare()
 
 
 def test_the_whole_config_survives_json():

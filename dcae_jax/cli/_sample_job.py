@@ -83,9 +83,13 @@ def job_of(args: argparse.Namespace) -> Job:
 
 def _find(args: argparse.Namespace, option: str, source: str) -> Model:
     """The diffusion model at a workdir or step; UserError if it is something else."""
+    from dcae_jax.errors import UserError
     from dcae_jax.tasks.diffuse import DiffuseConfig
 
-    return _trained.find(args, option, source, (DiffuseConfig,), "a diffusion model")
+    model = _trained.find(args, option, source, (DiffuseConfig,), "a diffusion model")
+    if problem := model.run.task.sampling_problem():
+        raise UserError(f"{option} {source} cannot be sampled: {problem}")
+    return model
 
 
 def _check_weak(model: Model, weak: Model) -> None:

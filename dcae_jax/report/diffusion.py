@@ -66,7 +66,8 @@ def facts(found: Sequence[Phase]) -> list[tuple[str, str]]:
         tree, manifest = phase.config.get("config", {}), _latents(phase)
         if not manifest:
             continue
-        lines += [("model", _model(tree["task"])), ("latents", _cache(manifest))]
+        lines += [("model", _model(tree["task"])), *_stages(tree["task"])]
+        lines.append(("latents", _cache(manifest)))
         drawn = dict.fromkeys(_sampling(e) for e in tree["evals"] if "sampler" in e)
         lines += [("samples", text) for text in drawn]
     return list(dict.fromkeys(lines))
@@ -82,7 +83,7 @@ def _model(task: dict[str, Any]) -> str:
 
 
 def _objective(task: dict[str, Any]) -> str:
-    """What it is trained for: labels, diffusion, or the tokens that a schedule masks."""
+    """What it is trained for: labels, diffusion, or the tokens that one schedule masks."""
     if "classes" in task:
         how = {"linear": "linear probe", "finetune": "fine-tuned"}[task["mode"]]
         return f"{how} on {task['classes']} classes"
@@ -92,9 +93,50 @@ def _objective(task: dict[str, Any]) -> str:
             f"process {process['kind']}, predicts {process['predict']}, times {process['times']}, "
             f"shift {process['shift']:g}"
         )
-    mask = task["mask"]
     what = "whitened" if task["norm_target"] else "masked"
-    return f"predicts {what} tokens, mask {mask['kind']} up to {mask['end']:.0%}".replace("%", " %")
+    return f"predicts {what} tokens, {_mask(task['mask'])}"
+
+
+def _mask(mask: dict[str, Any]) -> str:
+    if mask["kind"] == "constant":
+        text = f"mask {mask['end']:.0%}" if mask["end"] else "nothing masked"
+    else:
+        text = f"mask {mask['kind']} {mask['start']:.0%} to {mask['end']:.0%}"
+    return text.replace("%", " %")
+
+
+def _stages(task: dict[str, Any]) -> list[tuple[str, str]]:
+    """Masks and weights of the parts of a training, and what else masked diffusion has."""
+    if "stages" not in task:
+        return []
+    found, first = [], 0.0
+    for i, stage in enumerate(task["stages"]):
+        what = [
+            f"{first:.0%} to {stage['until']:.0%} of the steps".replace("%", " %"),
+            _mask(stage["mask"])
+            + (f" in squares of {stage['block']} tokens a side" if stage["block"] > 1 else ""),
+            *(f"{name} {stage[name]:g}" for name in ("clean", "diffusion", "reconstruction")),
+        ]
+        if every := stage["rehearse_every"]:
+            ratio = f"{stage['rehearse_ratio']:.0%}".replace("%", " %")
+            what.append(f"a rehearsal with mask {ratio} every {every} steps")
+        found.append((f"stage {i}", ", ".join(what)))
+        first = stage["until"]
+    return found + _heads(task)
+
+
+def _heads(task: dict[str, Any]) -> list[tuple[str, str]]:
+    """The second head of masked diffusion and its loss on the first channels, where they are."""
+    found = []
+    if any(s["reconstruction"] or s["rehearse_every"] for s in task["stages"]):
+        weight = {"one": "1", "alpha_bar": "alpha²"}[task["rec_weight"]]
+        target = task["rec_target"].replace("_", ", ")
+        found.append(("masked tokens", f"second head, target {target}, example weight {weight}"))
+    if counts := task["channel_counts"]:
+        said = ", ".join(map(str, counts))
+        more = f"further weight {task['channel_weight']:g}" if task["always_all"] else "in place"
+        found.append(("channels", f"also the first {said} alone, {more}"))
+    return found
 
 
 def _cache(manifest: dict[str, Any]) -> str:

@@ -23,7 +23,16 @@ from dcae_jax.models.dcae import DCAEConfig
 from dcae_jax.models.discriminator import PatchGANConfig
 from dcae_jax.models.kl_vae import KLVAEConfig
 from dcae_jax.nets import lpips
-from dcae_jax.tasks.base import Batch, Inputs, Loss, Metrics, Objective, Variables, add_terms
+from dcae_jax.tasks.base import (
+    Batch,
+    Inputs,
+    Loss,
+    Metrics,
+    Objective,
+    Variables,
+    add_terms,
+    asking_problems,
+)
 from dcae_jax.tree import Tree
 
 Images = Float[Array, "b h w 3"]
@@ -157,7 +166,8 @@ class AutoencodeConfig:
 
     def run_problems(self, run: RunConfig) -> list[str]:
         """Problems that this task sees in the whole run."""
-        found = []
+        no_masks = "this run trains an autoencoder; use ReconstructConfig of evals/reconstruct.py"
+        found = asking_problems(run, masked=no_masks, filled=no_masks, reconstructed=None)
         if why := regex_problem(self.trainable):
             found.append(f"task.trainable = {self.trainable!r} is not a regular expression ({why})")
         phase, factor = self.phase, self.model.factor

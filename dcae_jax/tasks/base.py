@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from dcae_jax.config import OptimConfig
+from dcae_jax.config import OptimConfig, RunConfig
 from dcae_jax.tree import Tree
 
 Metrics = dict[str, Float[Array, ""]]
@@ -134,6 +134,47 @@ class Fills(Protocol):
         they came.  UserError where what it predicts cannot be decoded.
         """
         ...
+
+
+@runtime_checkable
+class AsksMasked(Protocol):
+    """An evaluator of masked tokens, in whatever units a task predicts them."""
+
+    name: str
+    ratios: tuple[float, ...]
+
+
+@runtime_checkable
+class AsksFilled(Protocol):
+    """An evaluator of pictures: what fills masked tokens, decoded."""
+
+    name: str
+    images: Any
+    ratio: float
+
+
+@runtime_checkable
+class AsksReconstructed(Protocol):
+    """An evaluator of an autoencoder's reconstructions of whole images."""
+
+    name: str
+    training_pictures: int
+
+
+def asking_problems(
+    run: RunConfig, *, masked: str | None, filled: str | None, reconstructed: str | None
+) -> list[str]:
+    """Evaluators of a run that ask its task for what it has not; why not, or None where it has."""
+    found = []
+    for e in run.evals:
+        for kind, what, why in (
+            (AsksMasked, "masked tokens", masked),
+            (AsksFilled, "masked tokens, filled in and decoded", filled),
+            (AsksReconstructed, "an autoencoder's reconstructions", reconstructed),
+        ):
+            if why and isinstance(e, kind):
+                found.append(f"evals: {e.name} asks for {what}: {why}; or leave it out")
+    return found
 
 
 @runtime_checkable

@@ -20,8 +20,9 @@ from dcae_jax.diffusion.process import Process, ProcessConfig
 from dcae_jax.errors import UserError
 from dcae_jax.models.dit import DiTConfig
 from dcae_jax.models.uvit import UViTConfig
-from dcae_jax.tasks.base import Batch, Inputs, Loss, Objective, Variables
+from dcae_jax.tasks.base import Batch, Inputs, Loss, Objective, Variables, asking_problems
 from dcae_jax.tasks.latents import (
+    NO_AUTOENCODER,
     LatentInputs,
     LatentNorm,
     Latents,
@@ -88,10 +89,23 @@ class DiffuseConfig:
     def run_problems(self, run: RunConfig) -> list[str]:
         """Problems that this task sees in the whole run."""
         found = data_problems(run) + reader_problems(run) + spatial_problems(run)
+        why = self.filling_problem()
+        found += asking_problems(run, masked=why, filled=why, reconstructed=NO_AUTOENCODER)
         for e in run.evals:
             if isinstance(e, Draws):
                 found += [f"evals: {e.name}: {p}" for p in self._drawing_problems(e)]
         return found
+
+    def sampling_problem(self) -> str | None:
+        """Why nothing can be sampled from such a model."""
+        return None
+
+    def filling_problem(self) -> str | None:
+        """Why such a model cannot say what masked tokens are."""
+        return (
+            "this network has only learned to remove noise; train MaskDiffuseConfig or "
+            "MaskLatentsConfig"
+        )
 
     def _drawing_problems(self, e: Draws) -> list[str]:
         """What does not fit between the model and an evaluator that samples it."""

@@ -22,6 +22,10 @@ RMS_RANGE = (0.7, 1.4)  # of normalised latents; outside the scale is probably a
 PIXEL_MEAN, PIXEL_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
+# Why ReconstructConfig has nothing to look at.
+NO_AUTOENCODER = "this run trains none; use evaluators of latents and masks"
+
+
 @runtime_checkable
 class LatentStats(Protocol):
     """What is asked of the manifest of a cache."""

@@ -15,7 +15,7 @@ import enum
 import math
 import zlib
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Int, Int64, PRNGKeyArray
 from dcae_jax import masking, optim
 from dcae_jax.config import RunConfig
 from dcae_jax.errors import UserError
-from dcae_jax.masking import MaskConfig, MaskKind, Split
+from dcae_jax.masking import MaskConfig, MaskKind, Rounding, Split
 from dcae_jax.models.md_uvit import NEW_PARAMS, Fill, Masked, MDUViTConfig
 from dcae_jax.models.transformer import patchify, unpatchify
 from dcae_jax.tasks.base import Batch, Inputs, Loss, Metrics, Variables
@@ -52,14 +52,6 @@ class RecTarget(enum.Enum):
     noised_whitened = "noised_whitened"  # the same of the noisy latent (MaskDiT)
 
 
-@runtime_checkable
-class AsksMasks(Protocol):
-    """An evaluator that asks for masked tokens."""
-
-    name: str
-    ratios: tuple[float, ...]
-
-
 def unmasked() -> MaskConfig:
     """Nothing masked."""
     return MaskConfig(kind=MaskKind.constant, end=0.0)
@@ -76,8 +68,10 @@ class StageConfig:
     reconstruction: float = 0.0  # weight of the loss at masked tokens; 0: it is not computed
     # Every n-th step trains nothing but reconstruction of clean examples; 0: never.
     rehearse_every: int = 0
-    rehearse_ratio: float = 0.5  # masked share of those steps
-    block: int = 1  # squares of so many tokens a side are masked together (MaskDM)
+    rehearse_ratio: float = 0.5  # masked share of those steps, rounded up to whole tokens
+    # Squares of so many tokens a side are masked together (MaskDM): as many as come nearest to the
+    # ratio, but at least one is visible.
+    block: int = 1
 
     def stage_problems(self) -> list[str]:
         """All problems of these values but `until`, each with its mend."""
@@ -103,6 +97,33 @@ class StageConfig:
                 f"rehearse_ratio = {self.rehearse_ratio}; the masked share, between 0 and 1"
             )
         return found or self._objective_problems()
+
+    def rehearsal_keep(self, tokens: int) -> int:
+        """The number of visible tokens of a rehearsal; in no table, as there is only one."""
+        exact = MaskConfig(MaskKind.constant, end=self.rehearse_ratio, rounding=Rounding.exact)
+        return min(exact.keep(0, 1, tokens), tokens - 1)
+
+    def grid_problems(self, rows: int, columns: int) -> list[str]:
+        """Problems of these values for a network of so many tokens."""
+        tokens = rows * columns
+        found = self.mask.token_problems(tokens)
+        if self.rehearse_every and self.rehearsal_keep(tokens) < 1:
+            most = math.floor(1000 * (1 - 1 / tokens)) / 1000
+            found.append(
+                f"rehearse_ratio = {self.rehearse_ratio} leaves none of {tokens} tokens visible; "
+                f"at most {most:g}"
+            )
+        sides = [
+            side for side in range(2, min(rows, columns) + 1)
+            if rows % side == columns % side == 0 and side**2 < tokens
+        ]  # fmt: skip
+        if self.block not in (1, *sides):
+            found.append(
+                f"block = {self.block}, but there are {rows} x {columns} tokens, which are to be "
+                f"two or more whole squares of that side; {', '.join(map(str, (1, *sides)))} "
+                f"{'are' if sides else 'is'} possible"
+            )
+        return found
 
     def _objective_problems(self) -> list[str]:
         if not (self.diffusion or self.reconstruction):
@@ -196,7 +217,12 @@ class MaskDiffuseConfig(DiffuseConfig):
                 "task.channel_counts needs task.model.adaptive_channels=True and patch=1: the "
                 "network must take latents of fewer channels"
             )
-        if not any(stage.diffusion for stage in self.stages):
+        if not self.always_all and self.channel_weight != 1:
+            found.append(
+                f"task.channel_weight = {self.channel_weight:g} weighs what is added to the loss "
+                "of all channels, and with always_all=False nothing is added; set it to 1"
+            )
+        if self.sampling_problem():
             found.append("task.channel_counts is for the diffusion loss, and no stage has one")
         return found
 
@@ -233,36 +259,50 @@ class MaskDiffuseConfig(DiffuseConfig):
             where = f"task.stages[{i}]"
             if stage.mask.problems():
                 continue
-            found += [f"{where}: {p}" for p in stage.mask.token_problems(rows * columns)]
+            found += [f"{where}: {p}" for p in stage.grid_problems(rows, columns)]
             if first == last:
                 found.append(
                     f"{where}: ends at {stage.until:g} of {run.steps} steps and has none; leave it "
                     "out, or train longer"
                 )
-            if stage.block > max(rows, columns):
-                found.append(
-                    f"{where}: block = {stage.block}, but there are {rows} x {columns} tokens; "
-                    f"from 1 to {max(rows, columns)}"
-                )
         return found or self._plan_problems(run, spans)
 
     def _asking_problems(self, run: RunConfig) -> list[str]:
-        """Evaluators that ask for what is not trained."""
-        found = []
-        diffuses = any(stage.diffusion for stage in self.stages)
-        fills = self.model.recon_head and self.rec_target is RecTarget.latent
-        for e in run.evals:
-            if isinstance(e, Draws | AsksTimes) and not diffuses:
-                found.append(
-                    f"evals: {e.name} is for diffusion models, and no stage has diffusion above 0; "
-                    "leave it out, and use MaskedConfig of evals/masked.py"
-                )
-            if isinstance(e, AsksMasks) and not fills:
-                found.append(
-                    f"evals: {e.name} asks for masked tokens; they need task.model.recon_head=True "
-                    "and task.rec_target=latent"
-                )
-        return found
+        """Evaluators of diffusion in a run without; those of masks are the parent's."""
+        if not (why := self.sampling_problem()):
+            return []
+        return [
+            f"evals: {e.name} is for diffusion models, and {why}; leave it out, and use "
+            "MaskedConfig of evals/masked.py"
+            for e in run.evals
+            if isinstance(e, Draws | AsksTimes)
+        ]
+
+    def sampling_problem(self) -> str | None:
+        """Why nothing can be sampled from such a model."""
+        if any(stage.diffusion for stage in self.stages):
+            return None
+        return "no stage has diffusion above 0: it never learned to remove noise"
+
+    def filling_problem(self) -> str | None:
+        """Why such a model cannot say what masked tokens are."""
+        if not self.model.recon_head:
+            return (
+                "this network has no reconstruction head, so it cannot fill in masked tokens; train"
+                " one with task.model.recon_head=True and a stage with reconstruction=1"
+            )
+        if self.rec_target is not RecTarget.latent:
+            return (
+                f"this network was trained on rec_target = {self.rec_target.value}, which cannot "
+                "be decoded: mean and deviation of masked tokens are not known; train with "
+                "rec_target=latent"
+            )
+        if not any(stage.reconstruction or stage.rehearse_every for stage in self.stages):
+            return (
+                "no stage trains this network's head for masked tokens; train one with "
+                "reconstruction above 0, or with rehearse_every"
+            )
+        return None
 
     def _plan_problems(self, run: RunConfig, spans: list[tuple[int, int]]) -> list[str]:
         """Steps at which nothing would be learned, or reconstruction that never is."""
@@ -310,7 +350,7 @@ class Plan:
         if self.block > 1:
             parts.append(f"blocks of {self.block}")
         if self.channels:
-            parts.append(f"{self.channels} channels")
+            parts.append(f"and the first {self.channels} channels")
         return ", ".join(parts)
 
 
@@ -358,10 +398,9 @@ class Schedule:
             found = cfg.mask.keeps(cfg.mask.ratio(since, last - first), self._tokens)
             if cfg.rehearse_every:
                 now = since % cfg.rehearse_every == cfg.rehearse_every - 1
-                (less,) = cfg.mask.keeps(np.asarray([cfg.rehearse_ratio]), self._tokens)
-                found = np.where(now, min(less, self._tokens - 1), found)
+                found = np.where(now, cfg.rehearsal_keep(self._tokens), found)
                 rehearsal[here] = now
-            keep[here] = found
+            keep[here] = masking.whole_squares(found, cfg.block, self._tokens)
         return _Rows(stage, keep, rehearsal, self._channels(steps))
 
     def _channels(self, steps: Int64[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
@@ -470,9 +509,8 @@ class MaskDiffuseTask(DiffuseTask):
         """The terms of this plan, not weighted; what has no weight is not computed."""
         split = x["split"] if "split" in x else None
         x_t = self.process.diffuse(normal, x["noise"], x["time"])
-        channels = {plan.channels} - {0}
-        most = self.cfg.model.in_channels
-        all_diffuse = bool(plan.diffusion) and (self.cfg.always_all or not channels)
+        c, most = plan.channels, self.cfg.model.in_channels
+        all_diffuse = bool(plan.diffusion) and (self.cfg.always_all or not c)
         found: Metrics = {}
         if all_diffuse or plan.reconstruction:
             said = self._masked(
@@ -482,7 +520,7 @@ class MaskDiffuseTask(DiffuseTask):
             found["diffusion"] = self._diffusion(said.output, x, normal, x_t, split)
         if plan.reconstruction:
             found["reconstruction"] = self._reconstruction(said.recon, x, normal, x_t, split)
-        for c in channels:
+        if c:
             less = x_t[..., :c]
             said = self._masked(variables, less, x["time"], x["label"], split, True, False)
             cut = x | {"noise": x["noise"][..., :c]}
@@ -543,17 +581,8 @@ class MaskDiffuseTask(DiffuseTask):
 
         One pass of the network, no noise, no sampling: the mean of what could be there.
         """
-        if not self.cfg.model.recon_head:
-            raise UserError(
-                "this network has no reconstruction head, so it cannot fill in masked tokens; train"
-                " one with task.model.recon_head=True and a stage with reconstruction=1"
-            )
-        if self.cfg.rec_target is not RecTarget.latent:
-            raise UserError(
-                f"this network was trained on rec_target = {self.cfg.rec_target.value}, which "
-                "cannot be decoded: mean and deviation of masked tokens are not known; train with "
-                "rec_target=latent"
-            )
+        if problem := self.cfg.filling_problem():
+            raise UserError(problem)
         split, time = masking.split(order, keep), jnp.zeros(x.shape[0])
         if split.whole:
             return x
@@ -562,17 +591,6 @@ class MaskDiffuseTask(DiffuseTask):
         seen, made = patchify(x, patch), patchify(said.recon, patch)
         tokens = jnp.where(split.masked()[:, :, None], made, seen)
         return unpatchify(tokens, *self.grid(), patch)
-
-    def features(
-        self, variables: Variables, x: Latents, label: Int[Array, " b"]
-    ) -> Float[Array, "b d"]:
-        """Of clean normalised latents: the mean of their tokens after the middle block."""
-        time = self.process.network_time(jnp.zeros(x.shape[0]))
-        middle = self.cfg.model.depth // 2 + 1
-        _, hidden = self.net.apply(
-            {"params": variables.params["net"]}, x, time, {"label": label}, return_hidden=middle
-        )
-        return hidden.mean(axis=1)
 
     # ---------------------------------------------------------------------------------- reporting
 

@@ -7,23 +7,26 @@ Source: LMD (arXiv 2312.07971) and MAE (arXiv 2111.06377).  Unlike LMD's code, w
 network unscaled latents of deviation 5.5, latents are normalised here as for diffusion.
 """
 
+import math
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from dcae_jax import masking, tree
 from dcae_jax.config import RunConfig, regex_problem
 from dcae_jax.errors import UserError
-from dcae_jax.masking import MaskConfig, Split
+from dcae_jax.masking import MaskConfig, Rounding, Split
 from dcae_jax.models import lmd
 from dcae_jax.models.lmd import LMDConfig
 from dcae_jax.models.transformer import patchify, unpatchify
-from dcae_jax.tasks.base import Batch, Inputs, Loss, Objective, Variables
+from dcae_jax.tasks.base import Batch, Inputs, Loss, Objective, Variables, asking_problems
 from dcae_jax.tasks.latents import (
+    NO_AUTOENCODER,
     LatentNorm,
     Latents,
     are_pixels,
@@ -93,9 +96,21 @@ class MaskLatentsConfig:
         found = pixel_problems(run, self.latent_shape) if pixels else data_problems(run)
         found += reader_problems(run) + spatial_problems(run) + kind_problems(run)
         found += process_problems(run, "MaskedConfig of evals/masked.py")
+        why = self.filling_problem()
+        found += asking_problems(run, masked=None, filled=why, reconstructed=NO_AUTOENCODER)
         if not self.model.problems() and not self.mask.problems() and run.steps > 0:
             found += self._mask_problems(run.steps)
         return found
+
+    def filling_problem(self) -> str | None:
+        """Why such a model cannot fill in masked tokens."""
+        if not self.norm_target:
+            return None
+        return (
+            "this network predicts whitened tokens (task.norm_target), and the mean and deviation "
+            "of a masked token are not known: nothing can be filled in; train with "
+            "--config.task.norm_target=False"
+        )
 
     def _mask_problems(self, steps: int) -> list[str]:
         tokens = self.model.tokens
@@ -106,9 +121,22 @@ class MaskLatentsConfig:
             return []
         return [
             f"the mask schedule leaves all {tokens} tokens visible at some steps, and the loss is "
-            "of masked tokens alone; raise mask.start and mask.end, or name mask.buckets below "
-            f"{tokens} and set mask.rounding=nearest"
+            f"of masked tokens alone; {self._mend(steps)}"
         ]
+
+    def _mend(self, steps: int) -> str:
+        """What masks a token at the step that masks the fewest."""
+        mask, tokens = self.mask, self.model.tokens
+        ratio = float(np.min(mask.ratio(np.arange(steps), steps)))
+        visible = tokens * (1 - ratio)
+        if not mask.buckets or visible > tokens - 0.5:
+            return "raise mask.start and mask.end"
+        how = "the nearest" if mask.rounding is Rounding.nearest else "the next larger one"
+        return (
+            f"at a ratio of {ratio:g}, {visible:.3g} are to be visible, and of mask.buckets = "
+            f"{mask.buckets} and all {tokens}, which always count, {tokens} is {how}: add "
+            f"{math.floor(visible)} to mask.buckets, or raise mask.start"
+        )
 
 
 class MaskLatentsTask:
@@ -208,12 +236,8 @@ class MaskLatentsTask:
         label: Int[Array, " b"],
     ) -> Latents:  # fmt: skip
         """See `tasks.base.Fills`; the label is not used."""
-        if self.cfg.norm_target:
-            raise UserError(
-                "this network predicts whitened tokens (task.norm_target), and the mean and "
-                "deviation of a masked token are not known: nothing can be filled in; train with "
-                "--config.task.norm_target=False"
-            )
+        if problem := self.cfg.filling_problem():
+            raise UserError(problem)
         split = masking.split(order, keep)
         if split.whole:
             return x

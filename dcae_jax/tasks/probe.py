@@ -27,7 +27,7 @@ from dcae_jax.models.lmd import NORM_EPS, LMDConfig
 from dcae_jax.models.md_uvit import NEW_PARAMS, MDUViTConfig
 from dcae_jax.models.transformer import LayerNorm, check_build
 from dcae_jax.models.uvit import UViTConfig, UViTEncoder
-from dcae_jax.tasks.base import Batch, Inputs, Loss, Objective, Variables
+from dcae_jax.tasks.base import Batch, Inputs, Loss, Objective, Variables, asking_problems
 from dcae_jax.tasks.latents import (
     LatentNorm,
     Latents,
@@ -151,6 +151,8 @@ class ProbeConfig:
         found = pixel_problems(run, self.latent_shape) if pixels else data_problems(run)
         found += reader_problems(run) + spatial_problems(run) + kind_problems(run)
         found += process_problems(run, "AccuracyConfig of evals/accuracy.py")
+        why = "this run learns labels and has no decoder; use AccuracyConfig of evals/accuracy.py"
+        found += asking_problems(run, masked=why, filled=why, reconstructed=why)
         if self.mode is not Mode.linear:
             return found
         if run.init_from is None:

@@ -38,10 +38,13 @@ from dcae_jax.diffusion.samplers import (
 )
 from dcae_jax.errors import UserError
 from dcae_jax.evals.generate import GenerateConfig
+from dcae_jax.masking import MaskConfig
 from dcae_jax.models.layers import Dtype
+from dcae_jax.models.md_uvit import MDUViTConfig
 from dcae_jax.models.uvit import UViTConfig
 from dcae_jax.tasks.diffuse import DiffuseConfig
 from dcae_jax.tasks.latents import LatentNorm
+from dcae_jax.tasks.mask_diffuse import MaskDiffuseConfig, StageConfig
 
 NAMES = ("cat", "dog", "golden-retriever")
 FLOW = ProcessConfig(kind=Kind.flow, predict=Space.v, loss_space=Space.v)
@@ -427,6 +430,28 @@ def test_a_model_without_dropped_labels_or_without_an_autoencoder(
     code, _, complaints = command(*given, "--from", other, "--autoencoder", workdir)
     assert code == 2 and "task.label_dropout = 0" in complaints
     assert job("--from", other, "--autoencoder", workdir, "--out", "x", "--cfg", 1).n == 64
+
+
+def test_a_model_that_never_learned_diffusion_is_refused(command, given, workdir, tmp_path):
+    """An MD-UViT all of whose stages reconstruct has no output for noise; as --weak neither."""
+    cfg = make()
+    plain = cfg.task.model
+    model = MDUViTConfig(
+        in_channels=4, input_size=(4, 4), num_classes=3, width=plain.width, depth=plain.depth,
+        heads=plain.heads, dtype=plain.dtype, k_out=1,
+    )  # fmt: skip
+    reconstructs = StageConfig(clean=1.0, diffusion=0.0, reconstruction=1.0, mask=MaskConfig())
+    cfg.evals, cfg.task = [], MaskDiffuseConfig(
+        model=model, process=FLOW, latent_norm=LatentNorm.channel, stages=[reconstructs]
+    )  # fmt: skip
+    other = save(tmp_path / "w", manifest_of(workdir), cfg=cfg)
+    for option in ("--from", "--weak"):
+        code, _, complaints = command(*given, option, other)
+        assert code == 2 and f"{option} {other} cannot be sampled: no stage has" in complaints
+    cfg.task.stages.append(StageConfig())
+    cfg.task.stages[0].until = 0.5
+    other = save(tmp_path / "v", manifest_of(workdir), cfg=cfg)
+    assert job("--from", other, "--out", "x").n == 64
 
 
 def test_a_weak_model_must_be_of_the_same_latents(command, given, run, tmp_path):

@@ -30,12 +30,14 @@ def trainer(fill, mesh=(1, 1, 1, False), microbatches=1, layers=(True, Remat.non
     model = MDUViTConfig(
         in_channels=4, input_size=(4, 4), num_classes=3, width=16, heads=2, depth=4,
         dtype=plain.dtype, k_in=int(carry), k_out=1, fill=fill, recon_head=not carry,
-        scan=layers[0], remat=layers[1],
+        scan=layers[0], remat=layers[1], adaptive_channels=not carry,
     )  # fmt: skip
     stage = StageConfig(mask=masking_runs.at(0.75))
     if not carry:
         stage.clean, stage.reconstruction = 0.4, 0.5
     cfg.task = MaskDiffuseConfig(model=model, process=cfg.task.process, stages=[stage])
+    if not carry:
+        cfg.task.channel_counts = (2,)  # a further pass, of the first two of four channels
     cfg.microbatches = microbatches
     config.validate(config.resolve(cfg))
     found = tiny.Trainer(cfg, devices, plainly=True)
@@ -141,19 +143,6 @@ def test_the_sample_command_draws_from_it(tmp_path, monkeypatch):
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     monkeypatch.setattr(sample, "_mesh", lambda: mesh)
     whole, _ = masking_runs.whole()
-    argv = [
-        "--from",
-        whole,
-        "--n",
-        2,
-        "--batch",
-        2,
-        "--sampler",
-        "heun",
-        "--steps",
-        2,
-        "--out",
-        tmp_path / "out",
-    ]
-    assert sample.main([str(a) for a in argv]) == 0
+    argv = f"--from {whole} --n 2 --batch 2 --sampler heun --steps 2 --out {tmp_path / 'out'}"
+    assert sample.main(argv.split()) == 0
     assert len(list((tmp_path / "out" / "images").glob("*.png"))) == 2

@@ -5,8 +5,10 @@ import re
 import pytest
 import synthetic_diffusion
 import synthetic_run
+from etils import epath
 from test_html_report import Structure
 
+from dcae_jax import config, flags
 from dcae_jax.report import curves, diffusion, html, phases
 from dcae_jax.report.diffusion import Kind
 
@@ -58,6 +60,35 @@ def test_the_page_is_whole_and_says_nothing_of_reconstructions(page):
         assert text in words, text
     for text in ("PSNR", "bicubic", "Measured without pictures", "No evaluation", "loss_t"):
         assert text not in words, text
+
+
+def test_masked_diffusion_tells_its_stages():
+    """What distinguishes recipes stands in the table, not only in the config."""
+    manifest = {
+        "plan": {"shape": [16, 16, 32], "resolution": 512}, "images": 1, "dataset": "imagenet",
+        "num_classes": 1000, "rms": 1.0, "description": "x",
+    }  # fmt: skip
+
+    def facts(arg):
+        tree = config.to_json(config.resolve(flags.load(f"configs/md_uvit.py:{arg}")))
+        phase = phases.Phase("run", epath.Path("x"), {"config": tree, "latents": manifest})
+        return dict(diffusion.facts([phase]))
+
+    found = facts("s,f32,curriculum")
+    assert [name for name in found if name != "samples"] == [
+        "model", "stage 0", "stage 1", "stage 2", "masked tokens", "latents"
+    ]  # fmt: skip
+    assert found["stage 0"] == (
+        "0 % to 15 % of the steps, mask cosine 15 % to 75 %, clean 1, diffusion 0, reconstruction 1"
+    )
+    assert found["stage 1"].startswith("15 % to 85 % of the steps, mask 50 %, clean 0.1, diff")
+    assert found["stage 2"].endswith("reconstruction 0, a rehearsal with mask 50 % every 10 steps")
+    assert found["masked tokens"] == "second head, target latent, example weight alpha²"
+    assert "mask 90 % in squares of 4 tokens a side" in facts("s,f32,maskdm")["stage 0"]
+    assert "example weight 1" in facts("s,f32,maskdit")["masked tokens"]
+    found = facts("s,f64,channels")
+    assert found["channels"] == "also the first 16, 32, 64 alone, further weight 1"
+    assert "masked tokens" not in found and "nothing masked" in found["stage 0"]
 
 
 def test_grids_over_the_training(page):
