@@ -208,11 +208,25 @@ def test_the_floor_is_the_autoencoder_alone(command, runs_of, workdir, photos, t
         assert row["tokens"]["all"] == 16, "tokens of 2 x 2 latent pixels"
 
 
-@pytest.mark.parametrize("mode", ["hybrid", pytest.param("progressive", marks=pytest.mark.slow)])
-def test_what_stands_in_the_hole_changes_no_bit(command, runs_of, tmp_path, mode):
+def drawn_mask(path: pathlib.Path) -> np.ndarray:
+    """The hole of an image of 40 x 56 px, which is resized and cropped; its picture is written."""
+    hole = np.zeros((40, 56), bool)
+    hole[15:25, 20:30] = True
+    Image.fromarray(np.where(hole, 255, 0).astype(np.uint8)).save(path)
+    return hole
+
+
+@pytest.mark.parametrize(
+    ("mode", "drawn"),
+    [
+        ("hybrid", False), ("reconstruct", True),
+        pytest.param("progressive", False, marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
+def test_what_stands_in_the_hole_changes_no_bit(command, runs_of, tmp_path, mode, drawn):
     """The same image with noise in its hole: only the original differs, and what compares to it."""
-    hole, gen = box_pixels(), np.random.default_rng(0)
-    image = networks.picture(SIDE, SIDE)
+    hole = drawn_mask(tmp_path / "hole.png") if drawn else box_pixels()
+    gen, image = np.random.default_rng(0), networks.picture(*hole.shape)
     noisy = np.where(hole[..., None], gen.integers(0, 255, image.shape), image).astype(np.uint8)
     found = {}
     for name, pixels in (("clean", image), ("noisy", noisy)):
@@ -220,7 +234,8 @@ def test_what_stands_in_the_hole_changes_no_bit(command, runs_of, tmp_path, mode
         Image.fromarray(pixels).save(tmp_path / name / "a.png")
         code, _, err = command(
             "inpaint", "--from", runs_of("md"), "--images", tmp_path / name / "a.png", "--mask",
-            BOX, "--mode", mode, "--out", tmp_path / name / "out", *MODES[mode],
+            tmp_path / "hole.png" if drawn else BOX, "--mode", mode,
+            "--out", tmp_path / name / "out", *MODES[mode],
         )  # fmt: skip
         assert code == 0, err
         found[name] = tmp_path / name / "out"
