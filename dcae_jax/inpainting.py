@@ -251,7 +251,7 @@ def covered(image: Images, hole: Holes) -> Images:
     return xp.where(known, image, ((total + count // 2) // count).astype(xp.uint8))
 
 
-def hidden_crop(image: Pixels, mask: Mask, hole: Hole) -> Pixels:
+def hidden_crop(image: Pixels, mask: Mask, hole: Hole) -> UInt8[np.ndarray, "side side 3"]:
     """What the network sees of the image: its crop, with nothing left of what stood in the hole.
 
     A hole in the pixels of the image itself is covered before the image is resized as well: the
