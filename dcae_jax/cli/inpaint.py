@@ -1,10 +1,13 @@
 """Fill in holes of images with a network that was trained on latents: PNGs, panels, scores.
 
-The network may be a masked autoencoder (LMD, MAE), a masking-diffusion model (MD-UViT), or, with
---mode diffusion, any diffusion model.  Examples:
+Which modes a run has: a masked autoencoder (LMD, MAE) reconstruct and progressive, if it was
+trained with --config.task.norm_target=False (whitened tokens cannot be decoded); a
+masking-diffusion model (MD-UViT) all four, if its stages trained diffusion and the head for masked
+tokens (rec_target=latent); any other diffusion model diffusion alone.  Examples:
 
   python -m dcae_jax inpaint --from runs/md_uvit --images photos/ --mask box:128,128,256,256 \\
-      --mode hybrid --label 207 --scale 1.5 --out seen
+      --mode hybrid --label 207 --cfg 1.5 --out seen
+  python main.py --config=configs/lmd.py:b,f8 --config.task.norm_target=False --workdir=runs/lmd
   python -m dcae_jax inpaint --from runs/lmd --images cat.jpg --mask hole.png \\
       --mode reconstruct --out seen
   python -m dcae_jax inpaint --from runs/md_uvit --images photos/ --mask random:0.5 \\
@@ -13,9 +16,9 @@ The network may be a masked autoencoder (LMD, MAE), a masking-diffusion model (M
       --mode diffusion --sampler heun --steps 50 --out seen
 
 Images are brought to the resolution that the network was trained on, by its centre crop.  A mask
-picture is white where the hole is; it has the size of the image (both are cropped alike) or that
-resolution, in whose pixels a box is given.  random:SHARE drops whole cells of tokens, other ones
-in each image.
+picture is white where the hole is (see-through counts as white); it has the size of the image (both
+are cropped alike) or that resolution, in whose pixels a box is given.  random:SHARE drops whole
+cells of tokens, other ones in each image.
 
   reconstruct   the mean of what could be there, one pass: blurred
   progressive   the same in --rounds; what a round filled in is known to the next
@@ -28,13 +31,14 @@ With --protocol latent the whole image is encoded and tokens are dropped afterwa
 global, so the others know of the hole, and scores are better than they could be.
 
 OUT/NAME.png is what the decoder makes of the filled latent, OUT/NAME_pasted.png the same with the
-known pixels pasted back, OUT/panels.png shows original | masked | result | pasted back (red: cells
-that the hole touches, blue: the ring).  OUT/scores.json holds the PSNR of the hole before pasting,
-the SSIM of its bounding box, and the same of the autoencoder alone with nothing masked.
+known pixels of what the encoder was shown pasted back.  OUT/panels.png shows original | masked |
+result | pasted back | autoencoder alone (lines: cells of the tokens; red: those that the hole
+touches, blue: the ring).  OUT/scores.json holds the PSNR of the hole before pasting, the SSIM of
+its bounding box, and the same of the autoencoder alone with nothing masked; "mean" is over images,
+"psnr_pooled" that of the pixels of all holes together, as evaluators of runs have it.
 """
 
 import argparse
-import functools
 import json
 import math
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -59,12 +63,16 @@ _CELL = 256  # pixels of a side of a picture there
 _ROUNDS, _START, _RING = 8, 0.5, 1
 _TOUCHED, _AROUND = (214, 39, 40), (31, 119, 180)  # of the masked panel
 _TINT = 0.5
-_COLUMNS = ["original", "masked", "result", "pasted back"]
+_COLUMNS = ["original", "masked", "result", "pasted back", "autoencoder alone"]
+_LINE = 0.35  # how much of a border of a cell is white
 _FOR = {
-    "rounds": ("progressive",), "start": ("hybrid",), "label": ("diffusion", "hybrid"),
-    "scale": ("diffusion", "hybrid"), "sampler": ("diffusion", "hybrid"),
+    "rounds": ("progressive",), "start": ("hybrid",),
+    "cfg": ("diffusion", "hybrid"), "sampler": ("diffusion", "hybrid"),
     "steps": ("diffusion", "hybrid"), "sampler_option": ("diffusion", "hybrid"),
 }  # fmt: skip
+
+
+INTERRUPTED = 130  # as shells report a process that SIGINT ended
 
 
 def main(argv: list[str]) -> int:
@@ -75,22 +83,27 @@ def main(argv: list[str]) -> int:
     files = _files(args)
     out = outputs.new_folder(args.out, "--out")
     job = _job(args)
+    for file in files:
+        size = file.size()
+        if all(size):  # a picture at all: what is wrong with the others is told later
+            _hole(job, file, size)
     backend.compile_cache("auto")
     work = _open(args, job)
-    for file in files:
-        if all(
-            size := file.size()
-        ):  # a picture at all: what is wrong with the others is told later
-            _hole(work, file, size)
+    done = _Done([], [], {})
     with outputs.claimed(out, "--out"):
-        rows, bad, shown = _all(work, files, out)
-        outputs.write(out / "scores.json", json.dumps(_record(work, rows, bad), indent=1).encode())
-        if rows:
-            _write_panels(work, out, rows, shown)
-    if rows:
-        print(_table(rows))
-    print(f"\n{len(rows)} images in {out}" + (f", {len(bad)} bad image(s)" if bad else ""))
-    return 1 if bad else 0
+        stopped = _all(work, files, out, done)
+        record = json.dumps(_record(work, done), indent=1)
+        outputs.write(out / "scores.json", record.encode())
+        if done.rows:
+            _write_panels(work, out, done)
+    if done.rows:
+        print(_table(done.rows))
+    bad = f", {len(done.bad)} bad image(s)" if done.bad else ""
+    if stopped:
+        print(f"\ninterrupted: {len(done.rows)} of {len(files)} images in {out}, scored{bad}")
+        return INTERRUPTED
+    print(f"\n{len(done.rows)} images in {out}{bad}")
+    return 1 if done.bad else 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -111,8 +124,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--rounds", type=int, metavar="K", help=f"of progressive (default: {_ROUNDS})")
     add("--start", type=float, metavar="T",
         help=f"of hybrid: 1 is noise alone, 0 the reconstruction (default: {_START})")  # fmt: skip
-    add("--label", metavar="CLASS", help="number or name; default: no class")
-    add("--scale", type=float, metavar="SCALE", help="guidance towards --label; 1 (default): off")
+    add("--label", metavar="CLASS", help="number or name, for networks of classes; default: none")
+    add("--cfg", type=float, metavar="SCALE", help="guidance towards --label; 1 (default): off")
     add("--sampler", metavar="NAME", help="as in `sample`; default: that of the run's own grids")
     add("--steps", type=int, metavar="N", help="of the sampler; hybrid takes the share of --start")
     add("--sampler-option", action="append", default=[], metavar="NAME=VALUE",
@@ -130,8 +143,12 @@ def _files(args: argparse.Namespace) -> "list[ImageFile]":
     """The images, so named that no result is another one's pasted result."""
     from dcae_jax.data import files
 
-    names = [f"{file.name}_pasted" for file in files.find(args.images)]
-    return files.find(args.images, reserved=("panels", *names))
+    found = files.find(args.images)
+    # The folders are read once more only where an image is called like a result.
+    names = ("panels", *(f"{file.name}_pasted" for file in found))
+    if not {name.lower() for name in names} & {file.name.lower() for file in found}:
+        return found
+    return files.find(args.images, reserved=names)
 
 
 # ----------------------------------------------------------------------- what is asked for, checked
@@ -147,6 +164,8 @@ class _Job(NamedTuple):
     ring: int
     label: int  # the number of classes: none
     seed: int
+    size: int  # pixels of a side of what the network sees
+    grid: tuple[int, int]  # of tokens
 
 
 def _job(args: argparse.Namespace) -> _Job:
@@ -162,8 +181,16 @@ def _job(args: argparse.Namespace) -> _Job:
     kinds = (DiffuseConfig, MaskLatentsConfig)
     what = "a diffusion model or a masked autoencoder"
     model = _trained.find(args, "--from", args.source, kinds, what)
-    if problem := inpainting.mode_problem(model.run.task.build(model.run), mode):
+    task = model.run.task.build(model.run)
+    if problem := inpainting.mode_problem(task, mode):
         raise UserError(f"--from {args.source}: {problem}")
+    if mode.fills:
+        inpainting.check_fill(task)
+    if args.autoencoder and model.manifest is None:
+        raise UserError(
+            f"--autoencoder {args.autoencoder}: --from {args.source} sees pixels, nothing is "
+            "encoded; leave it out"
+        )
     if model.manifest is not None and not (args.autoencoder or model.manifest.autoencoder):
         raise UserError(
             f"--from {args.source} does not know the autoencoder of its latents: name it, "
@@ -176,8 +203,10 @@ def _job(args: argparse.Namespace) -> _Job:
         raise UserError(f"--seed {seed} is not in 0..{2**32 - 1}")
     if ring < 0:
         raise UserError(f"--ring {ring}; 0 or more tokens")
-    label, way = _label(args, model, mode), _way(args, model, mode)
-    return _Job(model, mask, way, Encoded(args.protocol), ring, label, seed)
+    label, way, net = _label(args, model), _way(args, model, mode), model.run.task.model
+    side, grid = _side(model), net.grid(*net.input_size)
+    size = side if model.manifest is None else model.manifest.plan.resolution
+    return _Job(model, mask, way, Encoded(args.protocol), ring, label, seed, size, grid)
 
 
 def _refuse_unused(args: argparse.Namespace) -> None:
@@ -191,8 +220,8 @@ def _refuse_unused(args: argparse.Namespace) -> None:
             )
     if args.rounds is not None and args.rounds < 1:
         raise UserError(f"--rounds {args.rounds}; 1 or more")
-    if args.scale is not None and args.label is None:
-        raise UserError("--scale guides towards a class: give --label, or leave --scale out")
+    if args.cfg is not None and args.label is None:
+        raise UserError("--cfg guides towards a class: give --label, or leave --cfg out")
 
 
 def _way(args: argparse.Namespace, model: "Model", mode: "Mode") -> "Way":
@@ -210,44 +239,44 @@ def _guide(args: argparse.Namespace, model: "Model") -> "GuidanceConfig":
     from dcae_jax.diffusion.guidance import GuidanceConfig
     from dcae_jax.errors import UserError
 
-    found = GuidanceConfig(scale=1.0 if args.scale is None else args.scale)
+    found = GuidanceConfig(scale=1.0 if args.cfg is None else args.cfg)
     problems = found.problems()
     if found.scale != 1 and not model.run.task.label_dropout:
         problems.append(
-            f"--scale {found.scale:g} asks for samples without a class, which this network has not "
-            "seen (task.label_dropout = 0): leave --scale out"
+            f"--cfg {found.scale:g} asks for samples without a class, which this network has not "
+            "seen (task.label_dropout = 0): leave --cfg out"
         )
     if problems:
         raise UserError("\n".join(problems))
     return found
 
 
-def _label(args: argparse.Namespace, model: "Model", mode: "Mode") -> int:
+def _label(args: argparse.Namespace, model: "Model") -> int:
     """The number of the class; that of no class unless one is named."""
     from dcae_jax.cli import _sample_job
     from dcae_jax.errors import UserError
 
+    if not _knows_classes(model):
+        if args.label is not None:
+            raise UserError(f"--label {args.label}: this network knows no classes; leave it out")
+        return 0
     if args.label is not None:
         found, _ = _sample_job.classes_of(args.label, model)
         if len(found) != 1:
             raise UserError(f"--label {args.label} names {len(found)} classes; give one")
         return found[0]
-    if not mode.samples:
-        return _no_class(model)
     if not model.run.task.label_dropout:
         raise UserError(
             "this network has seen no image without its class (task.label_dropout = 0): give the "
             "class, --label CLASS"
         )
-    return _no_class(model)
+    return model.run.task.model.num_classes  # the index after the last one: no class
 
 
-def _no_class(model: "Model") -> int:
-    """The index after the last class; 0 for networks that know no classes."""
+def _knows_classes(model: "Model") -> bool:
     from dcae_jax.tasks.diffuse import DiffuseConfig
 
-    task = model.run.task
-    return task.model.num_classes if isinstance(task, DiffuseConfig) else 0
+    return isinstance(model.run.task, DiffuseConfig)
 
 
 # ----------------------------------------------------------------------------------------- at work
@@ -261,14 +290,13 @@ class _Work(NamedTuple):
     space: "_Space"
     inpainter: "Inpainter"
     variables: "Variables"
-    grid: tuple[int, int]
 
 
 class _Space:
     """Between pictures and what the network was trained on: an autoencoder, or the pixels."""
 
-    def __init__(self, net: "Autoencoder | None", size: int, dtype: str):
-        self.size, self._net, self._dtype = size, net, dtype
+    def __init__(self, net: "Autoencoder | None", dtype: str):
+        self.pixels, self._net, self._dtype = net is None, net, dtype
         self.source = "none: the network sees pixels" if net is None else net.source
 
     def encode(self, image: "Pixels") -> "jax.Array":
@@ -308,12 +336,10 @@ def _open(args: argparse.Namespace, job: _Job) -> _Work:
     weights = _trained.weights_record(job.model)
     kind = "the raw weights" if weights["kind"] == "raw" else f"the average ({weights['kind']})"
     _trained.say(f"--from       {job.model.source}, {kind} of step {weights['step']}")
-    mesh, cfg = _mesh(), job.model.run.task.model
-    _check_head(job, mesh)
-    net = None
+    mesh, net = _mesh(), None
     if job.model.manifest is not None:
         net = _trained.decoder(args, job.model, mesh, args.dtype or "")
-    space = _Space(net, _side(job.model) * (1 if net is None else net.cfg.factor), args.dtype or "")
+    space = _Space(net, args.dtype or "")
     if job.encoded is Encoded.latent:
         _trained.say(
             "protocol     latent: the encoder sees the whole image, so known tokens know of the "
@@ -321,19 +347,7 @@ def _open(args: argparse.Namespace, job: _Job) -> _Work:
         )
     task, variables = _trained.load(job.model, mesh)
     inpainter = Inpainter(task, job.way, mesh, job.seed)
-    return _Work(job, weights, space, inpainter, variables, cfg.grid(*cfg.input_size))
-
-
-def _check_head(job: _Job, mesh: "Mesh") -> None:
-    """UserError where what the head predicts cannot be decoded, before any weights are read."""
-    import jax
-
-    from dcae_jax.inpainting import Inpainter
-    from dcae_jax.tasks.base import Variables
-
-    task = job.model.run.task.build(job.model.run)
-    params, stats = jax.eval_shape(task.init, jax.random.key(0))
-    Inpainter(task, job.way, mesh, job.seed).check(Variables(params, stats, {}))
+    return _Work(job, weights, space, inpainter, variables)
 
 
 def _side(model: "Model") -> int:
@@ -363,69 +377,78 @@ class _Pictures(NamedTuple):
     masked: "Pixels"
     result: "Pixels"
     pasted: "Pixels"
+    floor: "Pixels | None"  # the autoencoder alone, where there is one
 
 
-def _all(
-    work: _Work, files: "list[ImageFile]", out: "epath.Path"
-) -> tuple[list[dict[str, Any]], list[dict[str, str]], dict[str, _Pictures]]:
-    """(scores, bad files, pictures for the panels)."""
+class _Done(NamedTuple):
+    """What is written so far."""
+
+    rows: list[dict[str, Any]]  # scores
+    bad: list[dict[str, str]]
+    shown: dict[str, _Pictures]  # for the panels
+
+
+def _all(work: _Work, files: "list[ImageFile]", out: "epath.Path", done: _Done) -> bool:
+    """Fills in one image after another; whether it was interrupted (Ctrl-C)."""
     from dcae_jax import outputs
-    from dcae_jax.data import transforms
     from dcae_jax.report import images as report_images
 
-    rows, bad, shown = [], [], {}
-    for progress, file, pixels in _options.each_image(files, bad):
-        original = transforms.center_crop(pixels, work.space.size)
-        hole = _hole(work, file, pixels.shape[:2])
-        row, found = _one(work, file, original, hole)
-        for suffix, picture in (("", found.result), ("_pasted", found.pasted)):
-            outputs.write(out / f"{file.name}{suffix}.png", report_images.to_png(picture))
-        rows.append(row)
-        shown[file.name] = found
-        shown = dict(sorted(shown.items())[:_SHOWN])
-        known, tokens = row["tokens"]["known"], row["tokens"]["all"]
-        print(f"{progress} {file.name}  {known} of {tokens} tokens known", flush=True)
-    return sorted(rows, key=lambda row: row["name"]), bad, shown
+    try:
+        for progress, file, pixels in _options.each_image(files, done.bad):
+            row, found = _one(work, file, pixels)
+            for suffix, picture in (("", found.result), ("_pasted", found.pasted)):
+                outputs.write(out / f"{file.name}{suffix}.png", report_images.to_png(picture))
+            done.rows.append(row)
+            done.shown[file.name] = found
+            for name in sorted(done.shown)[_SHOWN:]:
+                del done.shown[name]
+            known, tokens = row["tokens"]["known"], row["tokens"]["all"]
+            print(f"{progress} {file.name}  {known} of {tokens} tokens known", flush=True)
+    except KeyboardInterrupt:
+        return True
+    finally:
+        done.rows.sort(key=lambda row: row["name"])
+    return False
 
 
-def _hole(work: _Work, file: "ImageFile", shape: tuple[int, int]) -> "Hole":
+def _hole(job: _Job, file: "ImageFile", shape: tuple[int, int]) -> "Hole":
     from dcae_jax import inpainting, rng
     from dcae_jax.errors import UserError
 
-    key = rng.key(work.job.seed, 0, "mask", file.name)
+    key = rng.key(job.seed, 0, "mask", file.name)
     try:
-        return inpainting.hole(
-            work.job.mask, shape, work.space.size, work.grid, work.job.ring, key
-        )  # fmt: skip
+        return inpainting.hole(job.mask, shape, job.size, job.grid, job.ring, key)
     except UserError as e:
         raise UserError(f"{file.path}: {e}") from e
 
 
-def _one(
-    work: _Work, file: "ImageFile", original: "Pixels", hole: "Hole"
-) -> tuple[dict[str, Any], _Pictures]:
+def _one(work: _Work, file: "ImageFile", pixels: "Pixels") -> tuple[dict[str, Any], _Pictures]:
     """The image filled in, and its scores."""
     import numpy as np
 
     from dcae_jax import inpainting
+    from dcae_jax.data import transforms
     from dcae_jax.inpainting import Encoded
 
-    filled = inpainting.covered(original, hole.pixels)
-    whole = work.space.encode(original)
-    leaks = work.job.encoded is Encoded.latent
-    latent = whole if leaks else work.space.encode(filled)
-    found = work.inpainter(work.variables, latent, hole.masked, work.job.label, file.name)
+    job, space = work.job, work.space
+    hole = _hole(job, file, pixels.shape[:2])
+    original = transforms.center_crop(pixels, job.size)
+    hidden = inpainting.hidden_crop(pixels, job.mask, hole)
+    whole = space.encode(original)
+    latent = whole if job.encoded is Encoded.latent else space.encode(hidden)
+    found = work.inpainter(work.variables, latent, hole.masked, job.label, file.name)
     _check_finite(work, file, found)
-    result = work.space.decode(found.latents)
-    pasted = np.where(hole.pixels[..., None], result, original)
-    floor = work.space.decode(whole)
+    result = space.decode(found.latents)
+    pasted = np.where(hole.pixels[..., None], result, hidden)
+    floor = None if space.pixels else space.decode(whole)
     row = {
         "name": file.name, "file": str(file.path), **_counts(hole),
-        **_scores(original, result, hole), "latent_mse": _latent_mse(work, found, whole, hole),
-        "autoencoder": _scores(original, floor, hole),
+        **_scores(original, result, hole),
+        "latent_mse": None if space.pixels else _latent_mse(work, found, whole, hole),
+        "autoencoder": None if floor is None else _scores(original, floor, hole),
         "evaluations": int(found.evaluations[0]),
     }  # fmt: skip
-    return row, _Pictures(original, footprint(filled, hole), result, pasted)
+    return row, _Pictures(original, footprint(hidden, hole), result, pasted, floor)
 
 
 def _check_finite(work: _Work, file: "ImageFile", found: "Filled") -> None:
@@ -436,7 +459,7 @@ def _check_finite(work: _Work, file: "ImageFile", found: "Filled") -> None:
     if not np.isfinite(np.asarray(found.latents)).all():
         raise UserError(
             f"{file.path}: what was filled in is not finite. Try --dtype float32, a smaller "
-            "--scale or another --sampler; else the weights are damaged"
+            "--cfg or another --sampler; else the weights are damaged"
         )
 
 
@@ -479,25 +502,28 @@ def _latent_mse(work: _Work, found: "Filled", whole: "jax.Array", hole: "Hole") 
 # --------------------------------------------------------------------------------- what is written
 
 
-def _record(work: _Work, rows: list[dict[str, Any]], bad: list[dict[str, str]]) -> dict[str, Any]:
+def _record(work: _Work, done: _Done) -> dict[str, Any]:
     from dcae_jax.cli import _sample_job
 
     job, way = work.job, work.job.way
     more = {}
     if way.mode.samples:
         guidance = _sample_job.describe_guidance(way.guide)
-        classes = {"label": None if job.label == _no_class(job.model) else job.label}
         sampler = _sample_job.describe_sampler(way.sampler)
-        more = {"sampler": sampler, "guidance": guidance, **classes}
+        more = {"sampler": sampler, "guidance": guidance}
+    if _knows_classes(job.model):
+        none = job.model.run.task.model.num_classes
+        more["label"] = None if job.label == none else job.label
     if way.mode.value in _FOR["start"]:
         more["start"] = way.start
     if way.mode.value in _FOR["rounds"]:
         more["rounds"] = way.rounds
     return {
         "run": job.model.source, "weights": work.weights, "autoencoder": work.space.source,
-        "resolution": work.space.size, "mode": way.mode.value, "protocol": job.encoded.value,
+        "resolution": job.size, "mode": way.mode.value, "protocol": job.encoded.value,
         "mask": _described(job.mask), "ring": job.ring, "seed": job.seed, **more,
-        "images": rows, "mean": _means(rows), "bad": bad,
+        "images": done.rows, "mean": _means(done.rows), "psnr_pooled": _pooled(done.rows),
+        "bad": done.bad,
     }  # fmt: skip
 
 
@@ -512,21 +538,35 @@ def _described(mask: "Mask") -> str:
 def _means(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Means over the images that have the score."""
 
-    def mean(read: Any) -> float | None:
-        values = [v for v in map(read, rows) if v is not None]
-        return sum(values) / len(values) if values else None
+    def means(rows: list[dict[str, Any]], *names: str) -> dict[str, float | None]:
+        values = {name: [row[name] for row in rows if row[name] is not None] for name in names}
+        return {name: sum(v) / len(v) if v else None for name, v in values.items()}
 
     names = ("psnr", "mse", "ssim_box")
-    return {
-        **{name: mean(lambda row, name=name: row[name]) for name in (*names, "latent_mse")},
-        "autoencoder": {
-            name: mean(lambda row, name=name: row["autoencoder"][name]) for name in names
-        },
-    }
+    alone = [row["autoencoder"] for row in rows if row["autoencoder"]]
+    floor = means(alone, *names) if alone else None
+    return {**means(rows, *names, "latent_mse"), "autoencoder": floor}
+
+
+def _pooled(rows: list[dict[str, Any]]) -> dict[str, float | None]:
+    """Of the pixels of all holes together."""
+    from dcae_jax.evals import metrics
+
+    count, found = sum(row["pixels"] for row in rows), {}
+    alone = [row["autoencoder"] for row in rows]
+    for name, scores in (("result", rows), ("autoencoder", alone)):
+        psnr = math.inf
+        if rows and all(scores):
+            squares = sum(
+                score["mse"] * row["pixels"] for score, row in zip(scores, rows, strict=True)
+            )
+            psnr = metrics.pooled_psnr(squares, count)
+        found[name] = psnr if math.isfinite(psnr) else None
+    return found
 
 
 def footprint(image: "Pixels", hole: "Hole") -> "Pixels":
-    """The image, cells that the hole touches tinted red, those around it blue."""
+    """The image with borders of cells, those that the hole touches tinted red, the ring blue."""
     import numpy as np
 
     found = image.astype(np.float32)
@@ -535,21 +575,23 @@ def footprint(image: "Pixels", hole: "Hole") -> "Pixels":
     for cells, colour in ((hole.touched, _TOUCHED), (ring, _AROUND)):
         spread = cells.repeat(size[0], axis=0).repeat(size[1], axis=1)
         found[spread] = (1 - _TINT) * found[spread] + _TINT * np.asarray(colour, np.float32)
+    for axis, side in enumerate(size):
+        lines = np.arange(side, image.shape[axis], side)
+        view = np.moveaxis(found, axis, 0)
+        view[lines] += _LINE * (255 - view[lines])
     return np.round(found).astype(np.uint8)
 
 
-def _write_panels(
-    work: _Work, out: "epath.Path", rows: list[dict[str, Any]], shown: dict[str, _Pictures]
-) -> None:
+def _write_panels(work: _Work, out: "epath.Path", done: _Done) -> None:
     from dcae_jax import outputs
     from dcae_jax.cli.reconstruct import fitted
     from dcae_jax.report import images as report_images
 
-    fit = functools.partial(fitted, side=_CELL)
-    job, kept = work.job, [row for row in rows if row["name"] in shown]
+    job, kept = work.job, [row for row in done.rows if row["name"] in done.shown]
+    rows = [[p for p in done.shown[row["name"]] if p is not None] for row in kept]
     picture = report_images.grid(
-        [[fit(picture) for picture in shown[row["name"]]] for row in kept],
-        columns=_COLUMNS,
+        [[fitted(picture, side=_CELL) for picture in row] for row in rows],
+        columns=_COLUMNS[: len(rows[0])],
         labels=[_panel_label(row) for row in kept],
         caption=f"{job.model.source}, {job.way.mode.value}, protocol {job.encoded.value}; red: "
         "cells of the hole, blue: the ring",
@@ -560,24 +602,34 @@ def _write_panels(
 def _panel_label(row: dict[str, Any]) -> str:
     from dcae_jax.cli.reconstruct import short_name
 
-    psnr = "identical" if row["psnr"] is None else f"{row['psnr']:.1f} dB"
-    return f"{short_name(row['name'])}\n{psnr}"
+    lines = [short_name(row["name"]), _decibels("hole", row)]
+    if row["autoencoder"]:
+        lines.append(_decibels("alone", row["autoencoder"]))
+    return "\n".join(lines)
+
+
+def _decibels(what: str, scores: dict[str, Any]) -> str:
+    return f"{what} " + ("identical" if scores["psnr"] is None else f"{scores['psnr']:.1f} dB")
 
 
 def _table(rows: list[dict[str, Any]]) -> str:
-    """Scores of the holes, beside those of the autoencoder alone."""
-    width = max(len("mean"), *(len(row["name"]) for row in rows))
-    lines = [
-        f"\n{'hole':{width}}  PSNR dB  SSIM box  latent MSE   autoencoder alone: PSNR dB  SSIM box"
-    ]
-    for row in [*rows, {"name": "mean", **_means(rows)}]:
-        floor = row["autoencoder"]
-        lines.append(
-            f"{row['name']:{width}}  {_number(row['psnr'], 2, 7)}  "
-            f"{_number(row['ssim_box'], 4, 8)}  {_number(row['latent_mse'], 4, 10)}   "
-            f"{_number(floor['psnr'], 2, 26)}  {_number(floor['ssim_box'], 4, 8)}"
-        )
-    if any(row["ssim_box"] is None or row["autoencoder"]["psnr"] is None for row in rows):
+    """Scores of the holes, beside those of the autoencoder alone where there is one."""
+    width, latent = max(len("pooled"), *(len(row["name"]) for row in rows)), rows[0]["autoencoder"]
+    more = "  latent MSE   autoencoder alone: PSNR dB  SSIM box" if latent else ""
+    pooled = _pooled(rows)
+    last = {"psnr": pooled["result"], "ssim_box": None, "latent_mse": None, "name": "pooled"}
+    last["autoencoder"] = {"psnr": pooled["autoencoder"], "ssim_box": None}
+    lines = [f"\n{'hole':{width}}  PSNR dB  SSIM box{more}"]
+    for row in [*rows, {"name": "mean", **_means(rows)}, last]:
+        line = f"{row['name']:{width}}  {_number(row['psnr'], 2, 7)}  "
+        line += _number(row["ssim_box"], 4, 8)
+        if latent:
+            floor = row["autoencoder"]
+            line += f"  {_number(row['latent_mse'], 4, 10)}   {_number(floor['psnr'], 2, 26)}  "
+            line += _number(floor["ssim_box"], 4, 8)
+        lines.append(line)
+    lines.append("mean: over the images that have the score; pooled: all pixels of all holes")
+    if any(row["ssim_box"] is None or row["psnr"] is None for row in rows):
         lines.append("-: equal pixels (PSNR), or a box below 11 px (SSIM); not in the means")
     return "\n".join(lines)
 

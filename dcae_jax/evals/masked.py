@@ -78,35 +78,41 @@ class MaskedConfig:
         return Masked(self, run, task, mesh)
 
 
+def check_fills(name: str, task: Any) -> None:
+    """UserError if an evaluator's task predicts no masked tokens."""
+    if not isinstance(task, Fills):
+        raise UserError(
+            f"evals: {name} asks for masked tokens, and the task of this run predicts none; use it "
+            "with MaskLatentsConfig or MaskDiffuseConfig"
+        )
+
+
+def visible(name: str, ratio: float, tokens: int) -> int:
+    """The number of visible tokens, rounded down: some are masked at any ratio."""
+    exact = MaskConfig(kind=MaskKind.constant, end=ratio, rounding=Rounding.exact)
+    keep = exact.keep(0, 1, tokens)
+    if keep:
+        return keep
+    raise UserError(
+        f"evals: {name}: a ratio of {ratio:g} leaves none of {tokens} tokens visible; the largest "
+        f"that leaves one is {1 - 1 / tokens:.2g}"
+    )
+
+
 class Masked:
     """See MaskedConfig."""
 
     def __init__(self, cfg: MaskedConfig, run: RunConfig, task: Any, mesh: Mesh):
         self.cfg, self._run, self._task, self._mesh = cfg, run, task, mesh
-        if not isinstance(task, Fills):
-            raise UserError(
-                f"evals: {cfg.name} asks for masked tokens, and the task of this run predicts "
-                "none; use it with MaskLatentsConfig or MaskDiffuseConfig"
-            )
+        check_fills(cfg.name, task)
         check_encoder(run, cfg.name, cfg.data)
         rows = mesh.shape["data"] * mesh.shape["fsdp"]
         self._batch = -(-cfg.batch // rows) * rows
         self._grid = task.grid()
         self._tokens = self._grid[0] * self._grid[1]
-        self._keeps = [self._keep(ratio) for ratio in cfg.ratios]
+        self._keeps = [visible(cfg.name, ratio, self._tokens) for ratio in cfg.ratios]
         self._key = rng.key(cfg.seed, 0, "masked")
         self._score = jax.jit(self._sums, out_shardings=sharding.replicated(mesh))
-
-    def _keep(self, ratio: float) -> int:
-        """The number of visible tokens, rounded down: some are masked at any ratio."""
-        exact = MaskConfig(kind=MaskKind.constant, end=ratio, rounding=Rounding.exact)
-        keep = exact.keep(0, 1, self._tokens)
-        if keep:
-            return keep
-        raise UserError(
-            f"evals: {self.cfg.name}: a ratio of {ratio:g} leaves none of {self._tokens} tokens "
-            f"visible; the largest that leaves one is {1 - 1 / self._tokens:.2g}"
-        )
 
     def baselines(self) -> dict[str, dict[str, float]]:
         """There are none."""

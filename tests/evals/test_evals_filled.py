@@ -3,16 +3,19 @@
 import diffusing
 import jax
 import jax.numpy as jnp
+import masking_runs
 import masks
 import numpy as np
 import pytest
 
-from dcae_jax import autoencoder, masking, rng, sharding, step
+from dcae_jax import autoencoder, inpainting, masking, rng, sharding, step
 from dcae_jax.config import MeshConfig
 from dcae_jax.errors import UserError
-from dcae_jax.evals import filled, metrics
+from dcae_jax.evals import generate, metrics
 from dcae_jax.evals.filled import FilledConfig
+from dcae_jax.evals.masked import MaskedConfig
 from dcae_jax.tasks.autoencode import to_float
+from dcae_jax.tasks.mask_diffuse import StageConfig
 
 GRID, CELL, KEEP = 4, 4, 8  # of 16 px, at a ratio of one half
 
@@ -88,7 +91,9 @@ def hidden():
 def test_a_perfect_network_is_as_good_as_the_autoencoder():
     found, base = report(perfect)
     assert found.scalars["n"] == 10
-    assert found.scalars["psnr_latent_masked"] == base["autoencoder"]["psnr_pixel_masked"]
+    # Nothing masked: the bound of both protocols, and a perfect network reaches it.
+    assert found.scalars["psnr_latent_masked"] == base["autoencoder"]["psnr_latent_masked"]
+    assert len(set(base["autoencoder"].values())) == 1
     # float32 sums of 10 x 128 squares below 2^16.
     assert base["autoencoder"]["psnr_pixel_masked"] == pytest.approx(
         psnr(whole(originals())), abs=1e-4
@@ -106,7 +111,7 @@ def test_what_stands_in_the_hole_is_not_encoded():
     noise = jax.random.randint(jax.random.key(1), image.shape, 0, 256).astype(jnp.uint8)
     other = jnp.where(hole[..., None], noise, image)
     assert (other != image).any()
-    np.testing.assert_array_equal(filled._hidden(image, hole), filled._hidden(other, hole))
+    np.testing.assert_array_equal(inpainting.covered(image, hole), inpainting.covered(other, hole))
 
 
 @pytest.mark.parametrize("fields", [{"batch": 5}, {"batch": 10}, {"batch": 4, "devices": 2}])
@@ -121,8 +126,70 @@ def test_the_grid_shows_the_first_images():
     assert picture.dtype == np.uint8 and picture.shape[0] > 3 * 16
 
 
+def test_the_masks_are_those_of_its_seed():
+    first, again, other = (report(noisy, seed=seed)[0].scalars for seed in (0, 0, 1))
+    assert first == again and first["psnr_pixel_masked"] != other["psnr_pixel_masked"]
+
+
+def test_both_evaluators_mean_the_same_number_of_tokens():
+    """Of 16 tokens at a ratio of 0.15 13.6 are visible: rounded down."""
+    cfg = masks.make()
+    found, mesh, *_ = evaluator(perfect, cfg=cfg, ratio=0.15)
+    other = MaskedConfig(ratios=(0.15,))
+    other.resolve(cfg)
+    assert [found._keep] == other.build(cfg, cfg.task.build(cfg), mesh)._keeps == [13]
+
+
+def whitened():
+    """A run whose tokens cannot be decoded."""
+    return masks.make(**{"task.norm_target": True})
+
+
+def headless():
+    """Masking diffusion that has learned diffusion alone."""
+    return masking_runs.make(**{"task.model.recon_head": False, "task.stages": [StageConfig()]})
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (diffusing.make, "filled-test-0.5 asks for masked tokens, and the task of this run"),
+        (whitened, r"filled-test-0.5: .* whitened tokens .*norm_target=False"),
+        (headless, "filled-test-0.5: this network has no reconstruction head"),
+    ],
+)  # fmt: skip
+def test_runs_that_cannot_fill_are_refused_when_they_are_built(make, told, monkeypatch):
+    monkeypatch.setattr(generate, "decoder", None)  # before the autoencoder is loaded
+    cfg = make()
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    made = FilledConfig(images=pictures(), ratio=0.5)
+    made.resolve(cfg)
+    with pytest.raises(UserError, match=told):
+        made.build(cfg, cfg.task.build(cfg), mesh)
+
+
+def test_pixels_are_filled_as_numpy_has_it():
+    """A masked autoencoder of pixels that says 0 (black) at masked tokens: one protocol."""
+    cfg = masks.pixels()
+    found, base = report(black, cfg=cfg)
+    image, hole = originals().astype(np.float64), holes()
+    expected = 10 * np.log10(255**2 / np.mean(image[hole] ** 2))
+    assert found.scalars.keys() == {"psnr_pixel_masked", "n"}
+    assert found.scalars["psnr_pixel_masked"] == pytest.approx(expected, abs=1e-4)  # float32 sums
+    assert base.keys() == {"mean-of-visible"}
+    assert base["mean-of-visible"]["psnr_pixel_masked"] == pytest.approx(psnr(hidden()), abs=1e-4)
+
+
+def black(variables, x, order, keep, label):
+    """Pixels of 0 at masked tokens, the others as they are."""
+    cells = masking.split(order, keep).masked().reshape(-1, GRID, GRID, 1)
+    masked = cells.repeat(CELL, axis=1).repeat(CELL, axis=2)
+    norm = variables.constants["norm"]
+    return jnp.where(masked, norm.apply(jnp.zeros_like(x)), x)
+
+
 def test_a_ratio_that_leaves_nothing_is_refused():
-    with pytest.raises(UserError, match="leaves 0 of 16 tokens visible"):
+    with pytest.raises(UserError, match="leaves none of 16 tokens visible"):
         evaluator(perfect, ratio=0.99)
 
 

@@ -95,10 +95,14 @@ def test_scores_depend_neither_on_batches_nor_on_devices():
 
 
 def test_masks_are_those_of_the_evaluators_seed_alone():
-    a, b = masks.make(), masks.make(seed=7)
-    orders = [np.asarray(jax.random.key_data(evaluator(cfg)[0]._key)) for cfg in (a, b)]
+    a, b = (evaluator(masks.make(seed=seed))[0]._key for seed in (0, 7))
+    orders = [np.asarray(masking.indexed_order(key, jnp.asarray([3]), 4, 4)[0]) for key in (a, b)]
     np.testing.assert_array_equal(*orders)
-    assert (order_of(3, seed=1) != orders[0]).any() and (order_of(4) != orders[0]).any()
+    np.testing.assert_array_equal(orders[0], order_of(3))
+    assert (order_of(3, seed=1) != order_of(3)).any() and (order_of(4) != order_of(3)).any()
+    other = evaluator(masks.make(), seed=1)[0]._key
+    found = masking.indexed_order(other, jnp.asarray([3]), 4, 4)[0]
+    np.testing.assert_array_equal(found, order_of(3, seed=1))
 
 
 def test_whitened_tokens_are_scored_as_the_loss_has_them():

@@ -1,4 +1,4 @@
-"""Evaluators that draw samples give the same on two processes as on one."""
+"""Evaluators that draw samples or fill in masked tokens: the same on two processes as on one."""
 
 import os
 import pathlib
@@ -6,17 +6,19 @@ import socket
 import subprocess
 import sys
 
+import diffusing
 import pytest
 import runs
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
 
-SCRIPT = pathlib.Path(__file__).with_name("class_scores_process.py")
+SAMPLES = pathlib.Path(__file__).with_name("class_scores_process.py")
+FILLS = pathlib.Path(__file__).with_name("filled_process.py")
 
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
-    sys.path.insert(0, str(SCRIPT.parents[1] / "evals"))
+    sys.path.insert(0, str(SAMPLES.parents[1] / "evals"))
     import latent_caches
     import test_evals_class_scores as scores
 
@@ -26,8 +28,8 @@ def cache(tmp_path_factory):
     return root
 
 
-def found(cache, count, devices):
-    """The lines of each of `count` processes with so many devices."""
+def found(script, given, count, devices):
+    """The lines of the script in each of `count` processes with so many devices."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -37,7 +39,7 @@ def found(cache, count, devices):
     env["PYTHONPATH"] = os.pathsep.join([str(runs.ROOT), env["PYTHONPATH"]])
     processes = [
         subprocess.Popen(
-            [sys.executable, str(SCRIPT), str(cache)], cwd=runs.ROOT, text=True,
+            [sys.executable, str(script), *map(str, given)], cwd=runs.ROOT, text=True,
             env=env | ({"JAX_PROCESS_ID": str(i)} if many else {}),
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )
@@ -50,6 +52,14 @@ def found(cache, count, devices):
 
 def test_scores_and_pictures_are_equal_on_two_processes(cache):
     """The same two devices, in one process or in two: bit for bit."""
-    (one,) = found(cache, 1, 2)
+    (one,) = found(SAMPLES, [cache], 1, 2)
     assert len(one) == 2 and '"accuracy"' in one[0] and '"latent_rms"' in one[1]
-    assert found(cache, 2, 1) == [one, one]
+    assert found(SAMPLES, [cache], 2, 1) == [one, one]
+
+
+def test_filled_pixels_are_equal_on_two_processes():
+    """Of latents and of pixels; the grid needs rows of both processes."""
+    given = [diffusing.cache(), diffusing.images()]
+    (one,) = found(FILLS, given, 1, 2)
+    assert len(one) == 2 and '"psnr_latent_masked"' in one[0]
+    assert found(FILLS, given, 2, 1) == [one, one]
