@@ -30,8 +30,6 @@ from dcae_jax.diffusion.samplers import SamplerConfig
 from dcae_jax.errors import UserError
 from dcae_jax.tasks.base import Fills, Task, Variables
 from dcae_jax.tasks.diffuse import DiffuseTask
-from dcae_jax.tasks.mask_diffuse import MaskDiffuseConfig
-from dcae_jax.tasks.mask_latents import MaskLatentsTask
 
 Pixelwise = Bool[np.ndarray, "h w"]
 Cellwise = Bool[np.ndarray, "rows columns"]
@@ -325,33 +323,11 @@ def mode_problem(task: Task, mode: Mode) -> str | None:
             f"mode {mode.value} needs a network with a head for masked tokens (x0), and this one "
             "has only learned to remove noise; use diffusion"
         )
-    stages = task.cfg.stages if isinstance(task.cfg, MaskDiffuseConfig) else []
-    if stages and mode.samples and not any(s.diffusion for s in stages):
-        return (
-            f"mode {mode.value} needs a diffusion model, and no stage of this run has diffusion "
-            "above 0; use reconstruct or progressive"
-        )
-    if stages and mode.fills and not any(s.reconstruction or s.rehearse_every for s in stages):
-        return (
-            f"mode {mode.value} needs a trained head for masked tokens (x0), and no stage of this "
-            "run has reconstruction above 0; use diffusion"
-        )
+    if mode.samples and (why := task.cfg.sampling_problem()):
+        return f"mode {mode.value} needs a diffusion model: {why}; use reconstruct or progressive"
+    if mode.fills and (why := task.cfg.filling_problem()):
+        return f"mode {mode.value} needs decodable predictions of masked tokens: {why}"
     return None
-
-
-def check_fill(task: DiffuseTask | MaskLatentsTask) -> None:
-    """UserError where what the head for masked tokens predicts cannot be decoded.
-
-    Looks at shapes alone, so it can be asked before any weights are read.
-    """
-    model = task.cfg.model
-    rows, columns = model.grid(*model.input_size)
-    params, stats = jax.eval_shape(task.init, jax.random.key(0))
-    x = jax.ShapeDtypeStruct((1, *model.input_size, model.in_channels), jnp.float32)
-    order = jax.ShapeDtypeStruct((1, rows * columns), jnp.int32)
-    label = jax.ShapeDtypeStruct((1,), jnp.int32)
-    variables = Variables(params, stats, task.abstract_constants())
-    jax.eval_shape(lambda v, x, o, y: task.fill(v, x, o, 1, y), variables, x, order, label)
 
 
 class Filled(NamedTuple):

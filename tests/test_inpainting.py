@@ -11,7 +11,7 @@ from dcae_jax import inpainting, masking, rng, sharding
 from dcae_jax.config import MeshConfig
 from dcae_jax.data import transforms
 from dcae_jax.diffusion.guidance import GuidanceConfig
-from dcae_jax.diffusion.process import Kind, Prediction, ProcessConfig, Space
+from dcae_jax.diffusion.process import Kind, Prediction, Process, ProcessConfig, Space
 from dcae_jax.diffusion.samplers import (
     AncestralConfig,
     DDIMConfig,
@@ -301,7 +301,7 @@ def path(process, cfg):
         pytest.param(DISCRETE, HeunConfig(steps=900, end=0.01), 0.8, marks=pytest.mark.slow),
         pytest.param(FLOW, DPM2MConfig(steps=900), 0.5, marks=pytest.mark.slow),
     ],
-    ids=str,
+    ids=lambda value: type(value).__name__ if isinstance(value, Process) else str(value),
 )  # fmt: skip
 def test_partly_determined_tokens_against_scipy(process, cfg, rho):
     """The ODE of the hidden tokens alone, the others on their path, by another solver."""

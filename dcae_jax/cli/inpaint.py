@@ -169,7 +169,7 @@ class _Job(NamedTuple):
 
 
 def _job(args: argparse.Namespace) -> _Job:
-    from dcae_jax import inpainting
+    from dcae_jax import autoencoder, inpainting
     from dcae_jax.cli import _trained
     from dcae_jax.errors import UserError
     from dcae_jax.inpainting import Encoded, Mode
@@ -184,8 +184,6 @@ def _job(args: argparse.Namespace) -> _Job:
     task = model.run.task.build(model.run)
     if problem := inpainting.mode_problem(task, mode):
         raise UserError(f"--from {args.source}: {problem}")
-    if mode.fills:
-        inpainting.check_fill(task)
     if args.autoencoder and model.manifest is None:
         raise UserError(
             f"--autoencoder {args.autoencoder}: --from {args.source} sees pixels, nothing is "
@@ -205,7 +203,13 @@ def _job(args: argparse.Namespace) -> _Job:
         raise UserError(f"--ring {ring}; 0 or more tokens")
     label, way, net = _label(args, model), _way(args, model, mode), model.run.task.model
     side, grid = _side(model), net.grid(*net.input_size)
-    size = side if model.manifest is None else model.manifest.plan.resolution
+    size = side
+    if model.manifest is not None:
+        # Of imported weights whose autoencoder is not described, the plan has the latent's side.
+        size = model.manifest.plan.resolution
+        if model.manifest.model is None:
+            net_of = autoencoder.load(args.autoencoder or model.manifest.autoencoder)
+            size = side * net_of.cfg.factor
     return _Job(model, mask, way, Encoded(args.protocol), ring, label, seed, size, grid)
 
 

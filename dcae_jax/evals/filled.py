@@ -22,7 +22,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from dcae_jax import inpainting, masking, rng, sharding
+from dcae_jax import masking, rng, sharding
 from dcae_jax.config import InitWeights, RunConfig
 from dcae_jax.data import pipeline
 from dcae_jax.data.pipeline import DataConfig
@@ -107,10 +107,8 @@ class Filled:
         """
         name, side, wanted = self.cfg.name, self.cfg.images.resolution, self._run.data.resolution
         check_fills(name, self._task)
-        try:
-            inpainting.check_fill(self._task)
-        except UserError as e:
-            raise UserError(f"evals: {name}: {e}") from e
+        if why := self._task.cfg.filling_problem():
+            raise UserError(f"evals: {name}: {why}")
         if side != wanted:
             raise UserError(
                 f"evals: {name}: images of {side} px for a network of {wanted} px; set "
