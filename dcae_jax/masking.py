@@ -274,6 +274,11 @@ def indexed_order(
     return jax.vmap(one)(index)
 
 
+def largest_ratio(tokens: int) -> float:
+    """The largest share of masked tokens, to three digits, that leaves one visible."""
+    return math.floor(1000 * (1 - 1 / tokens)) / 1000
+
+
 def order_of(visible: Bool[Array, "b n"]) -> Int[Array, "b n"]:
     """An order with these tokens first; the number of them must be the same in each example."""
     return jnp.argsort(~visible, axis=1, stable=True)

@@ -95,7 +95,7 @@ def visible(name: str, ratio: float, tokens: int) -> int:
         return keep
     raise UserError(
         f"evals: {name}: a ratio of {ratio:g} leaves none of {tokens} tokens visible; the largest "
-        f"that leaves one is {1 - 1 / tokens:.2g}"
+        f"that leaves one is {masking.largest_ratio(tokens):g}"
     )
 
 

@@ -78,8 +78,8 @@ def markdown() -> str:
     ]  # fmt: skip
     return table(head, rows) + (
         f"\n\nFLOPs of one image counted on the jaxpr, means over a training of {EPOCHS} epochs; "
-        f"the encoder of the SD-VAE-f8 takes {encode / 1e9:.0f} GFLOP, for 1 or {ENCODINGS} crops "
-        "of each image before the training, or in each step."
+        f"the encoder of the SD-VAE-f8 takes {encode / 1e9:.0f} GFLOP: once, {ENCODINGS} times (4 "
+        "crops and their mirror images) for each image before the training, or in each step."
     )
 
 

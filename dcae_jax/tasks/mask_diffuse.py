@@ -108,10 +108,9 @@ class StageConfig:
         tokens = rows * columns
         found = self.mask.token_problems(tokens)
         if self.rehearse_every and self.rehearsal_keep(tokens) < 1:
-            most = math.floor(1000 * (1 - 1 / tokens)) / 1000
             found.append(
                 f"rehearse_ratio = {self.rehearse_ratio} leaves none of {tokens} tokens visible; "
-                f"at most {most:g}"
+                f"at most {masking.largest_ratio(tokens):g}"
             )
         sides = [
             side for side in range(2, min(rows, columns) + 1)
