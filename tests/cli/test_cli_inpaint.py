@@ -466,10 +466,10 @@ UNFIT = {
     ),
     "pure LMD in an MD-UViT": (
         lambda: md_uvit(stages=[dataclasses.replace(STAGE, clean=1.0, diffusion=0.0)]),
-        "hybrid", "no stage of this run has diffusion above 0",
+        "hybrid", "no stage has diffusion above 0",
     ),
     "an MD-UViT of diffusion alone": (
-        lambda: md_uvit(stages=[StageConfig()]), "reconstruct", "has reconstruction above 0"
+        lambda: md_uvit(stages=[StageConfig()]), "reconstruct", "no stage trains this network"
     ),
     "no sample without class": (
         lambda: uvit(label_dropout=0.0), "diffusion", "give the class, --label CLASS"

@@ -86,8 +86,8 @@ def test_promise_1_masked_diffusion_product(shard_small_leaves, fill, mesh, micr
 def test_promise_2_a_run_interrupted_in_a_stage_ends_in_the_same_bits(tmp_path):
     """Stopped after step 5 of 9: within the joint stage, before the switch to all tokens."""
     whole, _ = masking_runs.whole()
-    # Polls: 1 at the start, 1 after compiling, 1 a step.
-    assert diffusing.run(masking_runs.make(), tmp_path, poll=2 + 5) == EXIT_PREEMPTED
+    # Polls: 1 at the start, 1 for each program behind the first, 1 after compiling, 1 a step.
+    assert diffusing.run(masking_runs.make(), tmp_path, poll=1 + 2 + 1 + 5) == EXIT_PREEMPTED
     assert runs.steps(tmp_path)[-1] == 5
     assert diffusing.run(masking_runs.make(), tmp_path) == train.DONE
     runs.assert_same_run(masking_runs.make(), whole, tmp_path)
