@@ -76,7 +76,7 @@ FACTOR = 8  # of the autoencoder
 
 @dataclass(slots=True)
 class Settings:
-    """The size of the study; the default takes less than 25 minutes on two free cores."""
+    """The size of the study; the default took 36 minutes on two cores that did other work too."""
 
     side: int = 128  # pixels
     autoencoder_widths: tuple[int, ...] = (16, 32, 64, 64)  # f8
