@@ -2,8 +2,6 @@
 
 import argparse
 import copy
-import json
-import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -164,28 +162,19 @@ def run_of(said: "Described", name: str) -> "RunConfig":
 
 
 def write(found: "ImportedDiffusion", manifest: "Manifest", out: "epath.Path") -> None:
-    """Fills the workdir: a checkpoint of step 0, then config.json; else it is incomplete."""
-    from dcae_jax import checkpoint, config, provenance, tree
-    from dcae_jax.convert import folder
-    from dcae_jax.step import TrainState
+    """Fills the workdir: see `_imported.write`."""
+    from dcae_jax.cli import _imported
 
     said = found.described
     run = run_of(said, said.release or found.source)
-    config.validate(config.resolve(run))
     origin = {
         "release": said.release, "family": said.family.value, "source": found.source,
         "layout": found.layout.value, "dtypes": found.dtypes, "autoencoder": manifest.autoencoder,
         "scaling_factor": manifest.scaling_factor,
     }  # fmt: skip
-    meta = provenance.meta(run, data="") | {"latents": manifest.to_json(), ORIGIN: origin}
-    state = TrainState(0, {"net": found.variables["params"]}, {}, ema={}, opt={})
-    folder.require_room(out, 4 * tree.size(found.variables))  # all f32
-    with folder.writing(out):
-        checkpoints = checkpoint.Checkpoints(out, run.checkpoint)
-        checkpoints.save(state, meta)
-        checkpoints.close()
-        record = meta | {"command": sys.argv}
-        (out / folder.CONFIG).write_text(json.dumps(record, indent=2))
+    _imported.write(
+        run, "net", found.variables, {"latents": manifest.to_json(), ORIGIN: origin}, out
+    )
 
 
 # ----------------------------------------------------------------------------------------- export

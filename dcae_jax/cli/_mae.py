@@ -2,8 +2,6 @@
 
 import argparse
 import copy
-import json
-import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -80,26 +78,15 @@ def run_of(said: "Described", name: str) -> "RunConfig":
 
 
 def write(found: "ImportedMasked", out: "epath.Path") -> None:
-    """Fills the workdir: a checkpoint of step 0, then config.json; else it is incomplete."""
-    from dcae_jax import checkpoint, config, provenance, tree
-    from dcae_jax.convert import folder
-    from dcae_jax.step import TrainState
+    """Fills the workdir: see `_imported.write`."""
+    from dcae_jax.cli import _imported
 
     run = run_of(found.described, found.source)
-    config.validate(config.resolve(run))
     origin = {
         "source": found.source, "layout": found.layout.value, "dtypes": found.dtypes,
         "notes": found.notes,
     }  # fmt: skip
-    meta = provenance.meta(run, data="") | {ORIGIN: origin}
-    state = TrainState(0, {"net": found.variables["params"]}, {}, ema={}, opt={})
-    folder.require_room(out, 4 * tree.size(found.variables))  # all f32
-    with folder.writing(out):
-        checkpoints = checkpoint.Checkpoints(out, run.checkpoint)
-        checkpoints.save(state, meta)
-        checkpoints.close()
-        record = meta | {"command": sys.argv}
-        (out / folder.CONFIG).write_text(json.dumps(record, indent=2))
+    _imported.write(run, "net", found.variables, {ORIGIN: origin}, out)
 
 
 # ----------------------------------------------------------------------------------------- export

@@ -17,8 +17,6 @@ must be the fixed sines and cosines: fine-tuned networks are refused.
 """
 
 import argparse
-import json
-import sys
 from typing import TYPE_CHECKING
 
 from dcae_jax.cli import _options
@@ -125,24 +123,10 @@ def _summary(found: "Imported") -> list[str]:
 
 
 def write(found: "Imported", out: "epath.Path") -> None:
-    """Fills the workdir: a checkpoint of step 0, then config.json; without that it is incomplete.
-
-    Its config is a whole run that would continue these weights.
-    """
-    from dcae_jax import autoencoder, checkpoint, config, provenance, recipes, tree
-    from dcae_jax.convert import folder
-    from dcae_jax.step import TrainState
+    """Fills the workdir: see `_imported.write`."""
+    from dcae_jax import autoencoder, recipes
+    from dcae_jax.cli import _imported
 
     run = recipes.released(found.cfg, name=found.release or found.source)
-    config.validate(config.resolve(run))
     origin = autoencoder.imported(found).origin.to_json()
-    meta = provenance.meta(run, data="") | {"autoencoder": origin}
-    stats = {"ae": found.variables["batch_stats"]} if "batch_stats" in found.variables else {}
-    state = TrainState(0, {"ae": found.variables["params"]}, stats, ema={}, opt={})
-    folder.require_room(out, 4 * tree.size(found.variables))  # all f32
-    with folder.writing(out):
-        checkpoints = checkpoint.Checkpoints(out, run.checkpoint)
-        checkpoints.save(state, meta)
-        checkpoints.close()
-        record = meta | {"command": sys.argv}
-        (out / folder.CONFIG).write_text(json.dumps(record, indent=2))
+    _imported.write(run, "ae", found.variables, {"autoencoder": origin}, out)
