@@ -241,15 +241,16 @@ def _folded(
 
 
 def random(seed: int, divisor: int = 1) -> Params:
-    """Random weights with which features differ from image to image as trained ones do."""
+    """Random weights with which features have the size of trained ones and tell images apart."""
     return from_torch(random_state(seed, divisor), divisor)
 
 
 def random_state(seed: int, divisor: int = 1) -> dict[str, np.ndarray]:
     """The same under the names of the published file, with random statistics of BatchNorm.
 
-    Kernels sum to zero and have the gain of Brock et al. 2021 (arXiv 2101.08692) for ReLU: without
-    both, the features of all images would collapse to one direction within a few blocks.
+    Kernels sum to zero and have the gain of Brock et al. 2021 (arXiv 2101.08692) for ReLU, so that
+    features keep their size through all layers and differ from image to image: PyTorch's default
+    ones shrink to 5e-7.
     """
     rng = np.random.default_rng(seed)
     state, shapes = {}, tree.flatten(abstract_params(divisor))
@@ -297,17 +298,22 @@ def info(path: epath.PathLike | None = None) -> dict[str, str]:
 
 def features(params: Params, images: UInt8[Array, "b h w 3"], resize: Resize) -> Features:
     """Features of RGB images of any size; under jit, what the caller drops is not computed."""
-    x = _chained(params, resized(images, resize), _BELOW)
-    spatial = _conv(params["Mixed_6d"][_SPATIAL.name], x, _SPATIAL)[..., :_SPATIAL_CHANNELS]
-    pool = jnp.mean(_chained(params, x, _ABOVE), axis=(1, 2))
-    logits = jnp.matmul(pool, params["fc"]["kernel"], precision=_HIGHEST)
-    return Features(pool, spatial.reshape(len(images), -1), logits)
+    return network(params, resized(images, resize))
 
 
 def resized(images: UInt8[Array, "b h w 3"], resize: Resize) -> Float[Array, "b 299 299 3"]:
     """The input of the first layer, about [-1, 1]."""
     x = _interpolated(_interpolated(images, 1, resize), 2, resize)
     return x / 127.5 - 1 if resize is Resize.half_pixel else (x - 128) / 128
+
+
+def network(params: Params, x: Float[Array, "b 299 299 3"]) -> Features:
+    """Features of what `resized` gives."""
+    x = _chained(params, x, _BELOW)
+    spatial = _conv(params["Mixed_6d"][_SPATIAL.name], x, _SPATIAL)[..., :_SPATIAL_CHANNELS]
+    pool = jnp.mean(_chained(params, x, _ABOVE), axis=(1, 2))
+    logits = jnp.matmul(pool, params["fc"]["kernel"], precision=_HIGHEST)
+    return Features(pool, spatial.reshape(len(x), -1), logits)
 
 
 def _interpolated(x: Array, axis: int, resize: Resize) -> Array:
@@ -321,12 +327,13 @@ def _interpolated(x: Array, axis: int, resize: Resize) -> Array:
 def _positions(size: int, resize: Resize) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Both source pixels of each target pixel, and the share of the second.
 
-    In float32, as both originals compute them.
+    With the rounding of the originals: all in float32, PyTorch by a fused multiply-add.
     """
-    scale, half = np.float32(size / SIDE), np.float32(0.5)
-    at = np.arange(SIDE, dtype=np.float32)
-    at = (at + half) * scale - half if resize is Resize.half_pixel else at * scale
-    at = np.maximum(at, np.float32(0))
+    scale, at = np.float32(size / SIDE), np.arange(SIDE, dtype=np.float32)
+    if resize is Resize.half_pixel:
+        at = np.maximum((at + 0.5) * np.float64(scale) - 0.5, 0).astype(np.float32)
+    else:
+        at = at * scale
     low = np.minimum(at.astype(np.int32), size - 1)
     return low, np.minimum(low + 1, size - 1), at - low.astype(np.float32)
 
