@@ -66,14 +66,14 @@ def moments(*parts: np.ndarray) -> Moments:
 def test_a_set_is_at_no_distance_from_itself_however_few_its_images():
     """40 vectors of 120 numbers, in another order: 81 variances are 0, and rounding is not.
 
-    With roots of A B (the square root of 1e-16 for each of them) it would be 1e-5.
+    With eigenvalues of A B, each of which counts with its root, it would be -3e-8.
     """
     x = features(0, 40, 120)
     a = moments(x).gaussian()
     b = moments(*np.split(x[::-1], [1, 8, 25])).gaussian()
     assert np.abs(a.covariance - b.covariance).max() > 0  # rounding did differ
-    assert frechet.distance(a, a) < 1e-12
-    assert frechet.distance(a, b) < 1e-12
+    assert frechet.distance(a, a) == pytest.approx(0, abs=1e-13)
+    assert frechet.distance(a, b) == pytest.approx(0, abs=1e-13)
     moved = Gaussian(a.mean + 0.25, a.covariance)
     assert frechet.distance(moved, b) == pytest.approx(120 * 0.25**2, rel=1e-12)
 
