@@ -105,7 +105,7 @@ def open_source(source: str, part: str | None = None, also: str = "") -> Iterato
     if not path.exists():
         raise UserError(
             f"{source} does not exist; give {also}a folder with config.json and weights, a "
-            f"{', '.join(SUFFIXES)} file, or a name on the hub (owner/name, or a release's own name)"
+            f"{', '.join(SUFFIXES)} file, or a release's name or owner/name on the hub"
         )
     fields, layout, where = None, None, str(path / CONFIG)
     if path.is_dir():

@@ -24,17 +24,11 @@ class Published(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """A score of ours beside the published one."""
+    """A score of ours against a published one."""
 
-    score: str
-    ours: float
-    published: str
+    difference: float  # ours minus published
+    digits: int  # behind the point, of what was published
     within: bool  # ours rounds to what was published, or lies on the edge of that
-
-    @property
-    def difference(self) -> float:
-        """Ours minus published."""
-        return float(Decimal(repr(self.ours)) - Decimal(self.published))
 
 
 def _reconstruction(
@@ -42,7 +36,7 @@ def _reconstruction(
     note: str = "",
 ) -> Published:  # fmt: skip
     protocol = {
-        "preset": "dcae", "data": data, "n": n, "resolution": resolution, "dtype": "float32",
+        "preset": "dcae", "data": f"{data}-{resolution}", "n": n, "dtype": "float32",
     }  # fmt: skip
     return Published(weights, "autoencoder", protocol, scores, source, note)
 
@@ -107,9 +101,8 @@ def misses(published: Published, protocol: Mapping[str, Any]) -> dict[str, tuple
     return {name: pair for name, pair in found.items() if pair[0] != pair[1]}
 
 
-def compare(score: str, ours: float, published: str) -> Comparison:
-    """Ours beside a number that was rounded to its last digit."""
+def compare(ours: float, published: str) -> Comparison:
+    """Ours against a number that was rounded to its last digit; exact in decimals."""
     exact = Decimal(published)
-    half = Decimal(5).scaleb(exact.as_tuple().exponent - 1)
-    within = abs(Decimal(repr(ours)) - exact) <= half
-    return Comparison(score, ours, published, within)
+    difference, digits = Decimal(repr(ours)) - exact, -int(exact.as_tuple().exponent)
+    return Comparison(float(difference), digits, abs(difference) <= Decimal(5).scaleb(-digits - 1))

@@ -8,7 +8,7 @@ Dhariwal and Nichol 2021 (guided-diffusion), whose graph resizes as TensorFlow 1
 import difflib
 import enum
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 from dcae_jax import config
@@ -50,9 +50,7 @@ METRICS = {
     "ms-ssim": Metric(("ms_ssim",), paired=True),
     "lpips": Metric(("lpips",), paired=True, net="lpips"),
     "fid": Metric(("pool",), reference="pool", net="inception", covariance=True, least=2),
-    "sfid": Metric(
-        ("spatial",), reference="spatial", net="inception", covariance=True, least=2
-    ),
+    "sfid": Metric(("spatial",), reference="spatial", net="inception", covariance=True, least=2),
     "kid": Metric(
         ("pool",), reference="pool", whole=True, net="inception", least=1000, digits=6
     ),  # subsets
@@ -216,3 +214,19 @@ def compare(a: dict[str, Any], b: dict[str, Any]) -> Comparison:
 
 def _matters(field: str, metric: str) -> bool:
     return all(metric in some for f, some in _MATTERS.items() if f"{field}.".startswith(f"{f}."))
+
+
+def metric_of(score: str) -> str:
+    """The name in METRICS of a score's name in metrics.json."""
+    return "fid" if score in FID_NAMES.values() else score
+
+
+def differences(
+    a: dict[str, Any], b: dict[str, Any], scores: Collection[str]
+) -> dict[str, tuple[Any, Any]]:
+    """The fields of two protocols that differ and matter to any of `scores`, or to every score."""
+    metrics = ["", *map(metric_of, scores)]  # "": what matters to all matters to this one too
+    return {
+        k: v for k, v in config.diff(a, b).items()
+        if k.split(".")[0] not in _SHOWN and any(_matters(k, metric) for metric in metrics)
+    }  # fmt: skip

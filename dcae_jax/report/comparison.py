@@ -51,7 +51,7 @@ def pairs(
 def compared(a: Result, b: Result) -> Compared:
     """Score by score: the difference, or why there is none."""
     found = protocol.compare(_entry(a), _entry(b))
-    parts = [f"A: {a.name} ({a.file})\nB: {b.name} ({b.file})"]
+    parts = [f"A: {a.file}, {a.name}\nB: {b.file}, {b.name}"]
     if found.deltas:
         rows = [_row(name, a, b) for name in found.deltas]
         parts.append(phases.as_text(Table(["", "A", "B", "B - A", ""], rows)))

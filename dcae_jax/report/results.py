@@ -6,6 +6,7 @@ the folder eval) are left out: they carry no protocol, and the report of the run
 
 import json
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -51,6 +52,7 @@ class Result:
     pictures: list[epath.Path]
     made: dict[str, Any]
     file: epath.Path
+    label: str = ""  # what tables call it: its folder, seen from what all files share
 
     @property
     def release(self) -> str | None:
@@ -75,8 +77,9 @@ class Group:
     def title(self) -> str:
         """The kind, the data and the count, for people."""
         known = self.protocol()
-        parts = [KINDS.get(self.kind, self.kind), known.get("data")]
-        parts += [f"{known['resolution']} px"] if "resolution" in known else []
+        data, side = str(known.get("data", "")), known.get("resolution")
+        parts = [KINDS.get(self.kind, self.kind), data]
+        parts += [f"{side} px"] if side and not data.endswith(str(side)) else []
         parts += [f"{known['n']} images"] if "n" in known else []
         return " · ".join(str(part) for part in parts if part)
 
@@ -128,9 +131,8 @@ def text(name: str, value: float | None, sign: bool = False) -> str:
     if value is None:
         return "–"
     metric = protocol.METRICS.get(protocol.metric_of(name))
-    if metric is None:
-        return f"{value:+.5g}" if sign else f"{value:.5g}"
-    return f"{value:+.{metric.digits}f}" if sign else f"{value:.{metric.digits}f}"
+    digits = f".{metric.digits}f" if metric else ".5g"
+    return format(value, f"{'+' if sign else ''}{digits}")
 
 
 def groups(results: Sequence[Result]) -> list[Group]:
@@ -175,7 +177,7 @@ def find(paths: Sequence[str]) -> list[Result]:
             "evaluate --out DIR` writes one"
         )
     results = [result for _, file in sorted(files.items()) for result in read(file)]
-    _tell_apart(results)
+    _name_rows(results)
     return results
 
 
@@ -189,24 +191,15 @@ def _below(folder: epath.Path) -> list[epath.Path]:
     return found
 
 
-def _tell_apart(results: Sequence[Result]) -> None:
-    """Puts folders in front of the names that several files use."""
+def _name_rows(results: Sequence[Result]) -> None:
+    """Names by folder: below what all share, or the last two parts of the only one."""
+    folders = {str(result.file.parent) for result in results}
+    shared = os.path.commonpath(folders) if len(folders) > 1 else ""
     for result in results:
-        same = [r for r in results if (r.kind, r.name) == (result.kind, result.name)]
-        folders = ends([str(r.file.parent) for r in same])
-        if len(same) > 1 and folders:
-            for other, folder in zip(same, folders, strict=True):
-                other.name = f"{folder}: {other.name}"
-
-
-def ends(paths: Sequence[str]) -> list[str]:
-    """The shortest ends of paths that tell them apart; [] if nothing does."""
-    parts = [path.split("/") for path in paths]
-    for length in range(1, max(map(len, parts)) + 1):
-        found = ["/".join(part[-length:]) for part in parts]
-        if len(set(found)) == len(found):
-            return found
-    return []
+        path = result.file.parent
+        own = os.path.relpath(path, shared) if shared else "/".join(path.parts[-2:])
+        by_size = result.name == str(result.protocol.get("resolution"))  # the table's title says it
+        result.label = (path.name if own == "." else own) + ("" if by_size else f" · {result.name}")
 
 
 # ------------------------------------------------------------------------------------- reading
@@ -299,9 +292,9 @@ class Beside(NamedTuple):
 
     @property
     def why_not(self) -> str:
-        """What the protocols differ in, as a sentence; "" where they are the same."""
+        """What the protocols differ in; "" where they are the same."""
         fields = [f"{k} {_shown(a)} here, {_shown(b)} there" for k, (a, b) in self.misses.items()]
-        return f"not comparable: {'; '.join(fields)}" if fields else ""
+        return "; ".join(fields)
 
     def _line(self, name: str, number: str) -> Line:
         score = self.result.scores.get(name)
@@ -310,9 +303,9 @@ class Beside(NamedTuple):
         ours = text(name, score.value)
         if self.misses or not score.comparable:
             return Line(name, ours, number, "–", "not comparable")
-        found = published.compare(name, score.value, number)
+        found = published.compare(score.value, number)
         verdict = "within rounding" if found.within else "differs"
-        return Line(name, ours, number, text(name, found.difference, sign=True), verdict)
+        return Line(name, ours, number, f"{found.difference:+.{found.digits + 1}f}", verdict)
 
 
 def _shown(value: Any) -> str:

@@ -21,6 +21,7 @@ NAMES = {
 }  # fmt: skip
 _ARROWS = {min: "↓", max: "↑"}
 _BESIDE_HEAD = ["", "ours", "published", "difference", ""]
+_NO_PROTOCOL = ("commit",)  # recorded with it
 _LONG = 16  # characters of a digest that are shown
 
 
@@ -48,12 +49,14 @@ class Section:
     """One table and what belongs to it."""
 
     number: int
+    title: str
     group: Group
     names: list[str]  # of the scores
     labels: list[str]
     rows: list[Row]
     notes: list[str]
-    beside: list[Beside]
+    beside: list[Beside]  # where the protocol is the published one, or was asked for
+    elsewhere: list[str]  # what is published of these weights for another protocol
     protocol: list[tuple[str, str, bool]]  # field, value, whether other tables of the kind differ
 
 
@@ -72,13 +75,41 @@ def _section(number: int, group: Group, every: Sequence[Group], weights: str | N
     pairs = results.beside(group.results, weights)
     same = {pair.published.weights: pair.published for pair in pairs if not pair.misses}
     rows += [_published_row(there, names, notes) for there in same.values()]
-    labels = [_label(group, name) for name in names]
-    return Section(number, group, names, labels, rows, notes, pairs, _protocol(group, every))
+    shown = [pair for pair in pairs if weights or not pair.misses]
+    elsewhere = [
+        f"Published for another protocol: {_elsewhere(p)}" for p in pairs if p not in shown
+    ]
+    return Section(
+        number,
+        _title(group, every),
+        group,
+        names,
+        [_label(group, name) for name in names],
+        rows,
+        notes,
+        shown,
+        elsewhere,
+        _protocol(group, every),
+    )
+
+
+def _title(group: Group, every: Sequence[Group]) -> str:
+    """That of the group, with what it differs in from others of the same title."""
+    same = [g for g in every if g.title == group.title]
+    fields = {name for g in same for name in g.results[0].apart(group.results[0])}
+    known = group.protocol()
+    own = [f"{name} {shown(known[name])}" for name in sorted(fields) if name in known]
+    return " · ".join([group.title, *own])
+
+
+def _elsewhere(pair: Beside) -> str:
+    scores = ", ".join(f"{NAMES.get(k, k)} {v}" for k, v in pair.published.scores.items())
+    return f"{scores} of {pair.published.weights} ({pair.published.source}; {pair.why_not})."
 
 
 def _row(result: Result, group: Group, names: Sequence[str], notes: list[str]) -> Row:
     cells = [_cell(result, group, name, notes) for name in names]
-    return Row(result.name, about(result), result.file, cells)
+    return Row(result.label, about(result), result.file, cells)
 
 
 def _cell(result: Result, group: Group, name: str, notes: list[str]) -> Cell:
@@ -131,7 +162,7 @@ def _protocol(group: Group, every: Sequence[Group]) -> list[tuple[str, str, bool
     fields = group.protocol()
     others = [g.protocol() for g in every if g.kind == group.kind and g is not group]
     return [
-        (name, shown(value), any(other.get(name) != value for other in others))
+        (name, shown(value), name not in _NO_PROTOCOL and any(o.get(name) != value for o in others))
         for name, value in fields.items() if value not in (None, "")
     ]  # fmt: skip
 
@@ -176,9 +207,7 @@ def _facts(made: Sequence[Section]) -> list[tuple[str, str]]:
 def _content(section: Section) -> list[str]:
     import markupsafe
 
-    link = markupsafe.Markup('<a href="#table-{}">{}</a>').format(
-        section.number, section.group.title
-    )
+    link = markupsafe.Markup('<a href="#table-{}">{}</a>').format(section.number, section.title)
     labels = ", ".join(section.labels)
     return [link, str(len(section.group.results)), labels]
 
@@ -187,12 +216,12 @@ def _values(section: Section, out: epath.Path, budget: int) -> dict[str, Any]:
     """What the template shows of a section."""
     group = section.group
     return {
-        "number": section.number, "title": group.title, "table": _html_table(section, out),
-        "notes": section.notes,
+        "number": section.number, "title": section.title, "table": _html_table(section, out),
+        "notes": section.notes, "elsewhere": section.elsewhere,
         "beside": [(heading(pair), _beside_table(pair), below(pair)) for pair in section.beside],
         "pictures": [picture for r in group.results for picture in _pictures(r, budget)],
         "protocol": section.protocol, "varying": _varying(group),
-        "details": [(r.name, _details(r)) for r in group.results],
+        "details": [(r.label, _details(r)) for r in group.results],
     }  # fmt: skip
 
 
@@ -247,12 +276,13 @@ def _absolute(path: epath.Path) -> str:
 
 def heading(pair: Beside) -> str:
     """Whose numbers stand beside whose."""
-    return f"{pair.result.name} beside {pair.published.weights} ({pair.published.source})"
+    return f"{pair.result.label} beside {pair.published.weights} ({pair.published.source})"
 
 
 def below(pair: Beside) -> str:
     """What a reader must know of the comparison."""
-    return "; ".join(part for part in (pair.why_not, pair.published.note) if part)
+    why_not = f"not comparable: {pair.why_not}" if pair.misses else ""
+    return "; ".join(part for part in (why_not, pair.published.note) if part)
 
 
 def _beside_table(pair: Beside) -> Table:
@@ -264,9 +294,9 @@ def _pictures(result: Result, budget: int) -> list[html.Picture]:
     found = []
     for path in result.pictures:
         try:
-            found.append(html.embedded(result.name, path.name, path, budget))
+            found.append(html.embedded(result.label, path.name, path, budget))
         except OSError as error:  # Pillow's are of this kind too
-            found.append(html.Picture(result.name, f"{path.name} cannot be shown: {error}", ""))
+            found.append(html.Picture(result.label, f"{path.name} cannot be shown: {error}", ""))
     return found
 
 
@@ -276,7 +306,7 @@ def _varying(group: Group) -> Table | None:
     if not values:
         return None
     return Table(
-        ["field", *(result.name for result in group.results)],
+        ["field", *(result.label for result in group.results)],
         [[name, *map(shown, each)] for name, each in values.items()],
     )
 
@@ -295,10 +325,11 @@ def markdown(made: Sequence[Section], out: epath.Path) -> str:
     """The same tables for a README."""
     parts = ["# Results", "Scores stand in one table only if their protocols are the same."]
     for section in made:
-        parts += [f"## {section.group.title}", _markdown_table(section, out)]
+        parts += [f"## {section.title}", _markdown_table(section, out)]
         parts += [_numbered(section.notes)] if section.notes else []
         for pair in section.beside:
             parts += [f"### {heading(pair)}", _piped(_beside_table(pair)), below(pair)]
+        parts += section.elsewhere
         fields = "; ".join(f"{name} {value}" for name, value, _ in section.protocol)
         parts.append(f"Protocol: {fields}.")
         if (varying := _varying(section.group)) is not None:
@@ -335,7 +366,7 @@ def _piped(table: Table) -> str:
 
 
 def _linked_pictures(group: Group, out: epath.Path) -> str:
-    found = [(r.name, path) for r in group.results for path in r.pictures if path.exists()]
+    found = [(r.label, path) for r in group.results for path in r.pictures if path.exists()]
     shown = [(name, path, link(path, out)) for name, path in found]
     return "\n".join(f"![{name}, {path.name}]({there})" for name, path, there in shown if there)
 
@@ -348,11 +379,12 @@ def console(made: Sequence[Section]) -> str:
 def _console(section: Section) -> str:
     rows = [[row.name, *map(_console_cell, row.cells)] for row in section.rows]
     rules = [i for i, row in enumerate(section.rows) if not row.file][:1]
-    parts = [section.group.title, phases.as_text(Table(["", *section.labels], rows, rules))]
+    parts = [section.title, phases.as_text(Table(["", *map(_head, section.names)], rows, rules))]
     parts += [f"({i}) {note}" for i, note in enumerate(section.notes, 1)]
     for pair in section.beside:
         parts += ["", heading(pair), phases.as_text(_beside_table(pair))]
         parts += [below(pair)] if below(pair) else []
+    parts += section.elsewhere
     return "\n".join(parts)
 
 

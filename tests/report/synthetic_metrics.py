@@ -9,7 +9,7 @@ from PIL import Image
 
 DIGEST = "3f2a" * 16
 PROTOCOL = {
-    "preset": "dcae", "n": 50_000, "data": "imagenet-val", "data_digest": "0123456789abcdef",
+    "preset": "dcae", "n": 50_000, "data": "imagenet-val-512", "data_digest": "0123456789abcdef",
     "reference": "imagenet-val-512", "reference_digest": "0123456789abcdef",
     "crop": "centre", "resolution": 512, "quantisation": "uint8",
     "resize": {"features": "half_pixel"}, "weights": "ema", "dtype": "float32",
@@ -27,7 +27,7 @@ def protocol(**fields: Any) -> dict[str, Any]:
 
 
 def result(
-    name: str = "f64c128-512", kind: str = "autoencoder", scores: dict[str, float] | None = None,
+    name: str = "512", kind: str = "autoencoder", scores: dict[str, float] | None = None,
     about: dict[str, dict] | None = None, **fields: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """One entry of "results"; `about`: more of single scores; `fields`: of the entry."""
@@ -48,7 +48,7 @@ def result(
 def _label(key: str, known: dict[str, Any]) -> str:
     n = known["n"]
     count = f"{n // 1000}k" if n % 1000 == 0 else str(n)
-    return f"{key}{count}[{known['data']}-{known['resolution']}]"
+    return f"{key}{count}[{known['reference']}]"
 
 
 def record(*results: dict[str, Any], **fields: Any) -> dict[str, Any]:
