@@ -228,9 +228,10 @@ def _values(section: Section, out: epath.Path, budget: int) -> dict[str, Any]:
 def _html_table(section: Section, out: epath.Path) -> Table:
     import markupsafe
 
-    head = markupsafe.Markup("{} <small>{}</small>")
+    head = markupsafe.Markup("{} <small>{}<br>{}{}</small>")
     heads = [
-        head.format(_head(n), label) for n, label in zip(section.names, section.labels, strict=True)
+        head.format(_head(name), *label.partition("["))
+        for name, label in zip(section.names, section.labels, strict=True)
     ]
     rows = [[_html_name(row, out), *map(_html_cell, row.cells)] for row in section.rows]
     return Table(["", *heads], rows, [i for i, row in enumerate(section.rows) if not row.file][:1])
