@@ -50,9 +50,7 @@ METRICS = {
     "ms-ssim": Metric(("ms_ssim",), paired=True),
     "lpips": Metric(("lpips",), paired=True, net="lpips"),
     "fid": Metric(("pool",), reference="pool", net="inception", covariance=True, least=2),
-    "sfid": Metric(
-        ("spatial",), reference="spatial", net="inception", covariance=True, least=2
-    ),
+    "sfid": Metric(("spatial",), reference="spatial", net="inception", covariance=True, least=2),
     "kid": Metric(
         ("pool",), reference="pool", whole=True, net="inception", least=1000, digits=6
     ),  # subsets
