@@ -60,7 +60,8 @@ def _data(
         data = _of_run(args, overrides, meta)
     data.transform, data.flip, data.workers = Transform.center_crop, False, 0
     data.max_bad_fraction = 1.0  # bad images are told by this command, all of them
-    _options.filter_images(data, args)
+    if args.min_size is not None:
+        data.min_size = args.min_size
     if problems := data.problems():
         raise UserError("\n".join(problems))
     return data

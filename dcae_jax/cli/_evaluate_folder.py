@@ -162,16 +162,19 @@ def _number(name: str, score: dict[str, Any]) -> str:
 
 
 def table(record: dict[str, Any]) -> str:
-    """All scores for people."""
+    """All scores for people; why one is not comparable stands below, once."""
     lines = []
     for result in record["results"]:
         scores = result["scores"]
+        notes = list(dict.fromkeys(s["note"] for s in scores.values() if s["note"]))
         width = max(len(score["label"]) for score in scores.values())
         lines.append(f"\n{result['name']}: {result['subject']['source']}")
         for name, score in scores.items():
-            value = _number(name, score)
             error = "" if score["error"] is None else f" +- {score['error']:.2g}"
-            lines.append(f"  {score['label']:{width}}  {value:>12}{error:12} {score['note']}")
+            mark = f"({notes.index(score['note']) + 1})" if score["note"] else ""
+            value = f"{_number(name, score):>12}{error:12}"
+            lines.append(f"  {score['label']:{width}} {value} {mark}".rstrip())
+        lines += [f"  ({i}) {note}" for i, note in enumerate(notes, 1)]
         if "left_out" in result["protocol"]:
             lines.append(f"  {result['protocol']['left_out']} image(s) could not be used")
-    return "\n".join(line.rstrip() for line in lines)
+    return "\n".join(lines)

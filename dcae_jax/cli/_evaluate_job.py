@@ -6,18 +6,16 @@ import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from dcae_jax.cli import _options
-
 if TYPE_CHECKING:
     import numpy as np
     from etils import epath
     from jax.sharding import Mesh
 
     from dcae_jax.data.pipeline import DataConfig
-    from dcae_jax.evals.extract import Extractor, Net
-    from dcae_jax.evals.image_sets import Batch, ImageSet
     from dcae_jax.evals import reference as reference_lib
-    from dcae_jax.evals.parts import Compute, Stored, Work
+    from dcae_jax.evals.extract import Extractor, Net
+    from dcae_jax.evals.image_sets import ImageSet
+    from dcae_jax.evals.parts import Stored, Work
     from dcae_jax.evals.protocol import Kind, Preset
     from dcae_jax.evals.scores import Evaluation, Reference
 
@@ -43,7 +41,9 @@ class Asked:
         """The networks on the devices: one set of programs for everything."""
         from dcae_jax.evals import extract, protocol
 
-        return extract.Extractor(protocol.arrays_of(self.metrics), self.preset, self.nets, self.mesh)
+        return extract.Extractor(
+            protocol.arrays_of(self.metrics), self.preset, self.nets, self.mesh
+        )
 
     def reference_arrays(self) -> set[str]:
         """The features whose distribution is compared."""
@@ -104,10 +104,13 @@ def asked(args: argparse.Namespace, kind: "Kind") -> Asked:
 def _problems(args: argparse.Namespace) -> list[str]:
     from dcae_jax.evals.parts import PART
 
-    found = _options.filter_problems(args)
-    for name, value in (("n", args.n), ("batch", args.batch)):
-        if value is not None and value < 1:
-            found.append(f"--{name} {value} must be at least 1; leave it out for the default")
+    found = []
+    for name, least in (("n", 1), ("batch", 1), ("min_size", 0)):
+        if vars(args)[name] is not None and vars(args)[name] < least:
+            found.append(
+                f"--{name.replace('_', '-')} {vars(args)[name]} must be at least {least}; leave it "
+                "out for the default"
+            )
     if args.batch is not None and args.batch > PART:
         found.append(f"--batch {args.batch} is more than a part, {PART} images")
     return found
@@ -188,9 +191,16 @@ _STATISTICS = {"pool": "mu and sigma, which FID needs", "spatial": "mu_s and sig
 
 
 def check_side(asked: Asked, side: int) -> None:
-    """UserError if images of this size cannot be compared with the reference."""
+    """UserError if images of this size cannot be scored, or compared with the reference."""
     from dcae_jax.errors import UserError
+    from dcae_jax.evals import extract
 
+    for metric, least in extract.smallest(asked.metrics).items():
+        if side < least:
+            raise UserError(
+                f"{metric} needs images of {least} px and more, these have {side}: leave it out of "
+                "--metrics, or another --resolution"
+            )
     known = asked.reference and asked.reference.resolution
     if known and known != side:
         raise UserError(

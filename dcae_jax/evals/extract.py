@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, UInt8
 
 from dcae_jax import sharding
-from dcae_jax.evals import metrics
+from dcae_jax.evals import metrics as metrics_lib
 from dcae_jax.evals.protocol import Preset
 from dcae_jax.nets import inception, lpips, weights
 from dcae_jax.nets.inception import Resize
@@ -50,6 +50,15 @@ def find_net(name: str, folder: str | None) -> Net:
     return Net(path, info["params_sha256"], weights.doubt(info))
 
 
+def smallest(metrics: Collection[str]) -> dict[str, int]:
+    """The side in pixels that each of these metrics needs, of those that need any."""
+    known = {
+        "ssim": metrics_lib.WINDOW_SIDE, "ms-ssim": metrics_lib.MS_SSIM_LEAST,
+        "lpips": LPIPS_NET.smallest(),
+    }  # fmt: skip
+    return {name: known[name] for name in metrics if name in known}
+
+
 class Extractor:
     """Computes the arrays that are wanted, on the devices of a mesh."""
 
@@ -62,7 +71,8 @@ class Extractor:
             {name: read[name](net.path) for name, net in nets.items()}, sharding.replicated(mesh)
         )
         self._scores = jax.jit(self._pair_scores)
-        self._features = jax.jit(inception.features, static_argnames="resize")
+        self._resized = jax.jit(inception.resized, static_argnames="resize")
+        self._network = jax.jit(inception.network)
 
     def pairs(self, images: Images, originals: Images) -> dict[str, Float[Array, " b"]]:
         """The scores of each image and its original that are wanted."""
@@ -81,8 +91,9 @@ class Extractor:
             names = [n for n in self._names(resize) if n in wanted]
             if names:
                 with jax.set_mesh(self._mesh):
-                    both = self._features(self._params["inception"], images, resize=resize)
-                found |= {n: getattr(both, n) for n in names}
+                    x = self._resized(images, resize=resize)
+                    made = self._network(self._params["inception"], x)
+                found |= {n: getattr(made, n) for n in names}
         return found
 
     def _names(self, resize: Resize) -> tuple[str, ...]:
@@ -95,11 +106,11 @@ class Extractor:
     ) -> dict[str, Float[Array, " b"]]:
         found = {}
         if "mse" in self._arrays:
-            found["mse"] = metrics.mse(images, originals)
+            found["mse"] = metrics_lib.mse(images, originals)
         if "ssim" in self._arrays:
-            found["ssim"] = metrics.ssim(images, originals, border=True)
+            found["ssim"] = metrics_lib.ssim(images, originals, border=True)
         if "ms_ssim" in self._arrays:
-            found["ms_ssim"] = metrics.ms_ssim(images, originals)
+            found["ms_ssim"] = metrics_lib.ms_ssim(images, originals)
         if "lpips" in self._arrays:
             x, y = (v.astype("float32") / 255.0 * 2.0 - 1.0 for v in (images, originals))
             found["lpips"] = lpips.lpips(params["lpips"], x, y, net=LPIPS_NET)

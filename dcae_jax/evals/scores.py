@@ -26,6 +26,7 @@ class Reference:
     """What the distribution of the images is compared with."""
 
     name: str  # in brackets behind the name of a score
+    digest: str  # of the file, or of which images these are
     gaussians: dict[str, Gaussian] = dataclasses.field(default_factory=dict)  # pool, spatial
     n: int | None = None  # images behind them; None: unknown, or those of `work`
     work: Work | None = None  # whose features are the reference's
