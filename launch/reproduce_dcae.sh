@@ -22,10 +22,10 @@ if [[ $# -lt 3 || -z "$1" || -z "$2" || -z "$3" ]]; then
     "[NETS=FOLDER]" >&2
   exit 2
 fi
-images=$1/val autoencoder=${2%/} out=$3
+imagenet=${1%/} autoencoder=${2%/} out=${3%/}
 shift 3
-if [[ "$images" != *://* && ! -d "$images" ]]; then
-  echo "error: there is no folder $images; it must hold ImageNet's validation images" >&2
+if [[ "$imagenet" != *://* && ! -d "$imagenet/val" ]]; then
+  echo "error: there is no folder $imagenet/val; it must hold ImageNet's validation images" >&2
   exit 2
 fi
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -56,8 +56,9 @@ if [[ ! -e "$autoencoder/checkpoints" ]]; then  # no workdir yet
     part "autoencoder" "$python" -m dcae_jax import --from "$autoencoder" --out "$imported"
   autoencoder=$imported
 fi
-part "evaluation" "$python" -m dcae_jax evaluate --from "$autoencoder" --images "$images" \
-  --protocol dcae --metrics psnr,ssim,lpips,rfid,latent-rms --data-name imagenet-val \
+part "evaluation" "$python" -m dcae_jax evaluate --from "$autoencoder" --images "$imagenet" \
+  --split validation --data-name imagenet-val --protocol dcae \
+  --metrics psnr,ssim,lpips,rfid,latent-rms \
   --out "$out/eval" "$@"
 part "results" "$python" -m dcae_jax results "$out/eval" --out "$out/results.html" \
   ${RELEASE:+--published "$RELEASE"}

@@ -8,12 +8,12 @@
 # PYTHON chooses the interpreter.
 set -euo pipefail
 
-if [[ $# -ne 1 || "$1" == -h || "$1" == --help ]]; then
+if [[ $# -ne 1 || -z "$1" || "$1" == -h || "$1" == --help ]]; then
   sed -n '2,8s/^# \{0,1\}//p' "$0"
-  [[ $# -ne 1 ]] && exit 2
+  [[ "${1:-}" != -h && "${1:-}" != --help ]] && exit 2
   exit 0
 fi
-out=$1
+out=${1%/}
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-python}
 export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}"
@@ -25,13 +25,15 @@ if [[ ! -e "$out/photos/val/credits.txt" ]]; then
   "$python" -m dcae_jax photos --split test --tile 128 --out "$out/photos/val"
 fi
 for net in inception lpips-alex; do
-  file="$out/nets/${net//-/_}.safetensors"
-  [[ -e "$file" ]] || { echo "== random weights of $net"; "$python" -m dcae_jax import-net "$net" --random 0; }
+  [[ -e "$out/nets/${net//-/_}.safetensors" ]] && continue
+  echo "== random weights of $net"
+  "$python" -m dcae_jax import-net "$net" --random 0
 done
 if [[ ! -e "$out/exported/config.json" ]]; then
   echo "== a small autoencoder"
   "$python" "$here/main.py" --config="$here/configs/demo.py:phase1" --workdir="$out/trained" \
-    --config.steps=30 --config.evals[0].every=0
+    --config.steps=30 "--config.evals[0].every=0" "--config.evals[0].n=8" "--config.evals[1].n=8" \
+    "--config.evals[0].baselines=False" "--config.evals[1].baselines=False"
   "$python" -m dcae_jax export --workdir "$out/trained" --to diffusers --out "$out/exported" \
     --scaling-factor 1
 fi

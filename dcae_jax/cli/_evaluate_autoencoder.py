@@ -133,6 +133,8 @@ def _subject(net: "Autoencoder", meta: dict[str, Any] | None) -> dict[str, Any]:
         "source": net.source, "encoder": net.encoder, "decoder": net.decoder,
         "factor": net.cfg.factor, "latent_channels": net.cfg.latent_channels,
     }  # fmt: skip
+    if net.origin is not None:  # still the weights of an import
+        found |= {"release": net.origin.release, "imported": net.origin.source}
     return found | ({} if meta is None else {"step": meta["step"]})
 
 

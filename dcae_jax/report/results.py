@@ -4,11 +4,11 @@ Scores are in one group only if their protocols are the same.  The scores of tra
 the folder eval) are left out: they carry no protocol, and the report of the run shows them.
 """
 
+import dataclasses
 import json
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from etils import epath
@@ -29,18 +29,18 @@ _NO_FOLDERS = (".png", ".jpg", ".npz", ".json", ".jsonl")
 _FIELDS = {"name": str, "kind": str, "subject": dict, "scores": dict, "protocol": dict}
 
 
-@dataclass(slots=True)
+@dataclasses.dataclass(slots=True)
 class Score:
     """One number with what it is called in full."""
 
     label: str
     value: float | None
-    error: float | None = None
-    comparable: bool = True
-    note: str = ""
+    error: float | None
+    comparable: bool
+    note: str
 
 
-@dataclass(slots=True)
+@dataclasses.dataclass(slots=True)
 class Result:
     """What was measured of one thing under one protocol."""
 
@@ -66,7 +66,7 @@ class Result:
         return protocol.differences(self.protocol, other.protocol, both)
 
 
-@dataclass(slots=True)
+@dataclasses.dataclass(slots=True)
 class Group:
     """Results of one kind and one protocol: their scores may stand side by side."""
 
@@ -253,16 +253,15 @@ def _result(entry: Any, number: int, record: dict[str, Any], file: epath.Path) -
 
 
 def _score(entry: Any, where: str) -> Score:
-    try:
-        score = Score(**entry)
-    except TypeError:
+    known = entry if isinstance(entry, dict) else {}
+    if known.keys() != {field.name for field in dataclasses.fields(Score)}:
         raise UserError(
             f"{where} is no score: expected label, value, error, comparable, note; evaluate again"
-        ) from None
-    for number in (score.value, score.error):
+        )
+    for number in (known["value"], known["error"]):
         if number is not None and not (isinstance(number, int | float) and math.isfinite(number)):
             raise UserError(f"{where}: {number!r} is neither a finite number nor null")
-    return score
+    return Score(**known)
 
 
 # ------------------------------------------------------------------------- beside published numbers
@@ -328,5 +327,6 @@ def beside(results: Sequence[Result], weights: str | None = None) -> list[Beside
 
 def _misses(result: Result, there: Published) -> dict[str, tuple[Any, Any]]:
     missing = published.misses(there, result.protocol)
-    own = result.release or result.subject.get("source")
-    return missing if own == there.weights else {"weights": (own, there.weights), **missing}
+    if result.release == there.weights:
+        return missing
+    return {"weights": (result.release or "of no release", there.weights), **missing}

@@ -144,13 +144,9 @@ def _label(group: Group, name: str) -> str:
 
 
 def about(result: Result) -> str:
-    """What was evaluated, in a line: the subject's plain values."""
-    flat = {k: v for k, v in result.subject.items() if isinstance(v, str | int | float)}
-    return ", ".join(_subject(k, v) for k, v in flat.items() if v != "" and not _is_digest(v))
-
-
-def _subject(name: str, value: Any) -> str:
-    return str(value) if name == "source" else f"{name} {value}"
+    """What was evaluated, in a line."""
+    known = [str(result.subject[k]) for k in ("source", "release") if result.subject.get(k)]
+    return ", ".join(dict.fromkeys(known))
 
 
 def _is_digest(value: Any) -> bool:
