@@ -68,6 +68,7 @@ def test_one_table_for_each_protocol(tmp_path):
     assert made[0].group.varying() == {"commit": ["0123abc", "4567def"]}
     told = {name: differs for name, _, differs in made[0].protocol}
     assert told["n"] and not told["dtype"] and "commit" not in told
+    assert ("commit", "0123abc", False) in made[1].protocol, "it makes no other protocol"
     page = results_page.render(made, epath.Path(tmp_path / "x.html"))
     assert "4567def" in page and page.count("<h2 id=") == 3
 
@@ -79,6 +80,8 @@ def test_fields_of_scores_that_one_result_lacks_keep_nothing_apart(tmp_path):
     write(tmp_path / "b", result(scores={"psnr": 25.0}, protocol=protocol(nets=nets)))
     write(tmp_path / "c", result(scores={"lpips": 0.1}, protocol=protocol(nets={"lpips": "ff"})))
     assert [len(s.group.results) for s in gather(tmp_path)] == [2, 1]
+    write(tmp_path / "c", result(scores={"is": 3.0}, protocol=protocol(n=64)))
+    assert [len(s.group.results) for s in gather(tmp_path)] == [2, 1], "but n matters to all"
 
 
 def test_titles_tell_tables_of_the_same_data_apart(tmp_path):
