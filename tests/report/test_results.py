@@ -153,6 +153,18 @@ def test_published_scores_are_of_releases_and_of_scores_that_exist():
     assert found.scores == ours | {"latent-rms": "3.4593"}
 
 
+def test_the_readme_shows_the_published_scores_of_all_autoencoders():
+    readme = (pathlib.Path(__file__).parents[2] / "README.md").read_text()
+    section = readme.split("### Published numbers")[1].split("\n## ")[0]
+    rows = {line.split(" | ")[0].strip("| "): line for line in section.splitlines()}
+    every = [there for there in published.PUBLISHED if there.kind == "autoencoder"]
+    for there in every:
+        shown = [there.scores.get(name, "") for name in ("rfid", "psnr", "ssim", "lpips")]
+        cells = [cell.strip() for cell in rows[there.weights].split("|")]
+        assert cells[3:7] == shown and f"{there.protocol['data'].split('-')[-1]} px" in cells[2]
+    assert len([row for row in rows if row.startswith("dc-ae")]) == len(every)
+
+
 def test_a_release_stands_beside_its_published_scores(tmp_path):
     write(tmp_path / "a", result())
     write(tmp_path / "b", result(subject=OWN))
