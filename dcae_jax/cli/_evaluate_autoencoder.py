@@ -138,10 +138,10 @@ def _subject(net: "Autoencoder", meta: dict[str, Any] | None) -> dict[str, Any]:
     return found | ({} if meta is None else {"step": meta["step"]})
 
 
-def _weights(args: argparse.Namespace, meta: dict[str, Any] | None) -> str:
-    """ema or raw; other weights than those of runs have one kind, that of their file."""
-    averaged = args.params == "ema" and meta is not None and "ema" in meta["leaves"]
-    return "ema" if averaged else "raw"
+def _weights(args: argparse.Namespace, meta: dict[str, Any] | None) -> dict[str, str]:
+    """Which of a run's two kinds of weights; nothing of weights that have one kind."""
+    two = meta is not None and "ema" in meta["leaves"]
+    return {"weights": args.params} if two else {}
 
 
 # ----------------------------------------------------------------------------------------- the work
@@ -166,9 +166,9 @@ def _evaluation(
     reference = _evaluate_job.reference(asked, records, work, "original_")
     about = _evaluate_job.about(asked, records, reference) | {
         "data": records.name, "data_digest": records.digest, "split": data.split,
-        "crop": protocol.CROP, "quantisation": protocol.QUANTISATION, "weights": own["weights"],
-        "dtype": own["dtype"],
+        "crop": protocol.CROP, "quantisation": protocol.QUANTISATION, "dtype": own["dtype"],
         "matmul_precision": "highest" if own["dtype"] == "float32" else "default",
+        **own["weights"],
     }  # fmt: skip
     return Evaluation(
         name, asked.kind, own["subject"], asked.metrics, work, reference, about,

@@ -184,7 +184,7 @@ _MATTERS = {
     "lpips": frozenset(("lpips",)),
 }
 # Shown, and no hindrance: how the code was, and names of what has a digest.
-_SHOWN = ("commit", "versions", "preset", "data", "reference")
+_SHOWN = ("commit", "versions", "preset", "data", "split", "reference")
 
 
 class Comparison(NamedTuple):
@@ -198,19 +198,25 @@ class Comparison(NamedTuple):
 def compare(a: dict[str, Any], b: dict[str, Any]) -> Comparison:
     """Two results of metrics.json files, score by score, of those that both have with a value."""
     changes = config.diff(a["protocol"], b["protocol"])
-    shown = {k: v for k, v in changes.items() if k.split(".")[0] in _SHOWN}
+    shown = {k: v for k, v in changes.items() if _is_shown(k, v)}
     deltas, differing = {}, {}
     for name, score in a["scores"].items():
         values = score["value"], b["scores"][name]["value"] if name in b["scores"] else None
         if any(v is None or not math.isfinite(v) for v in values):
             continue
-        metric = "fid" if name in FID_NAMES.values() else name
-        hindrance = {k: v for k, v in changes.items() if k not in shown and _matters(k, metric)}
+        hindrance = {
+            k: v for k, v in changes.items() if k not in shown and _matters(k, metric_of(name))
+        }
         if hindrance:
             differing[name] = hindrance
         else:
             deltas[name] = values
     return Comparison(deltas, differing, shown)
+
+
+def _is_shown(field: str, values: tuple[Any, Any]) -> bool:
+    """Weights of one kind, which do not say which, compare with either kind of a run's."""
+    return field.split(".")[0] in _SHOWN or (field == "weights" and config.ABSENT in values)
 
 
 def _matters(field: str, metric: str) -> bool:
@@ -229,5 +235,5 @@ def differences(
     metrics = ["", *map(metric_of, scores)]  # "": what matters to all matters to this one too
     return {
         k: v for k, v in config.diff(a, b).items()
-        if k.split(".")[0] not in _SHOWN and any(_matters(k, metric) for metric in metrics)
+        if not _is_shown(k, v) and any(_matters(k, metric) for metric in metrics)
     }  # fmt: skip

@@ -4,6 +4,7 @@ import json
 import re
 
 import metrics_files
+import networks
 import numpy as np
 import pytest
 from etils import epath
@@ -23,6 +24,24 @@ def test_one_folder_gets_the_page_and_the_tables(command, tmp_path) -> None:
     first = (tmp_path / "runs" / "results.md").read_bytes()
     assert command("results", tmp_path / "runs")[0] == 0, "its own page is no hindrance"
     assert (tmp_path / "runs" / "results.md").read_bytes() == first
+
+
+def test_what_evaluate_writes_is_read_and_compared(command, workdir, tmp_path) -> None:
+    for i in range(3):
+        (tmp_path / "images").mkdir(exist_ok=True)
+        Image.fromarray(networks.picture(40, 60, i)).save(tmp_path / "images" / f"{i}.png")
+    given = ["evaluate", "--from", workdir, "--images", tmp_path / "images", "--resolution", 32,
+             "--metrics", "psnr,latent-rms", "--batch", 8]  # fmt: skip
+    for kind in ("ema", "raw"):
+        assert command(*given, "--params", kind, "--out", tmp_path / "runs" / kind)[0] == 0
+    code, said, _ = command("results", tmp_path / "runs")
+    assert code == 0 and "Autoencoders · images-32 · 3 images · weights ema" in said
+    page = (tmp_path / "runs" / "results.html").read_text()
+    assert page.count("<figure>") == 2 and "psnr3<br>[images-32]" in page
+    code, said, _ = command("results", "--compare", tmp_path / "runs/ema", tmp_path / "runs/raw")
+    assert code == 1 and "weights: ema -> raw" in said
+    code, said, _ = command("results", "--compare", tmp_path / "runs/ema", tmp_path / "runs/ema")
+    assert code == 0 and said.count("+0.000") == 2
 
 
 def test_several_folders_and_a_place(command, tmp_path, monkeypatch) -> None:

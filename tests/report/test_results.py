@@ -84,6 +84,16 @@ def test_fields_of_scores_that_one_result_lacks_keep_nothing_apart(tmp_path):
     assert [len(s.group.results) for s in gather(tmp_path)] == [2, 1], "but n matters to all"
 
 
+def test_weights_of_one_kind_stand_beside_either_kind_of_a_run(tmp_path):
+    for name, kind in (("release", None), ("run", "ema"), ("raw", "raw")):
+        write(tmp_path / name, result(protocol=protocol(weights=kind)))
+    made = gather(tmp_path)
+    tables = [[row.name for row in section.rows if row.file] for section in made]
+    assert tables == [["raw", "release"], ["run"]]
+    assert pair(tmp_path / "release", tmp_path / "run").same
+    assert not pair(tmp_path / "raw", tmp_path / "run").same
+
+
 def test_titles_tell_tables_of_the_same_data_apart(tmp_path):
     for scale in (1.0, 1.5):
         write(tmp_path / str(scale), result(kind="generation", protocol=protocol(guidance=scale)))
