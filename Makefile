@@ -8,6 +8,11 @@ READY := $(VENV)/.ready
 PARITY := .venv-parity
 OFFICIAL ?=
 WORKDIR ?= runs/demo
+IMAGENET ?=
+AE ?= dc-ae-f64c128-in-1.0
+RESOLUTION ?= 512
+N ?=
+NETS ?=
 CONSTRAINTS := constraints-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])').txt
 
 # XLA on CPU allocates its buffers anew at each step; with these glibc keeps the pages instead of
@@ -16,10 +21,11 @@ export GLIBC_TUNABLES := glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.ma
 # A folder of compiled programs: the second run starts at once.
 export JAX_COMPILATION_CACHE_DIR ?= $(HOME)/.cache/dcae_jax/xla
 
-.PHONY: help setup train demo-diffusion report test test-all parity lint ablation masking-study bench clean
+.PHONY: help setup train demo-diffusion report reproduce-dcae reproduce-dcae-demo test test-all \
+  parity lint ablation masking-study bench clean
 
 help:  ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 22
 
 setup: $(READY)  ## make .venv with the pinned requirements
 
@@ -39,6 +45,14 @@ demo-diffusion: $(READY)  ## diffusion on latents of the demo's autoencoder (tra
 
 report: $(READY)  ## rebuild runs/demo/report.html
 	$(BIN)/python -m dcae_jax report --workdir $(WORKDIR)
+
+reproduce-dcae: $(if $(IMAGENET),$(READY))  ## published scores of an autoencoder (IMAGENET=FOLDER AE=NAME)
+	@PYTHON=$(BIN)/python $(if $(NETS),DCAE_JAX_NETS="$(NETS)") launch/reproduce_dcae.sh \
+	  "$(IMAGENET)" "$(AE)" runs/reproduced/$(notdir $(AE))-$(RESOLUTION) \
+	  --resolution $(RESOLUTION) $(if $(N),--n $(N))
+
+reproduce-dcae-demo: $(READY)  ## the same on the built-in photographs; its scores mean nothing
+	PYTHON=$(BIN)/python launch/reproduce_demo.sh runs/reproduced/demo
 
 test: $(READY)  ## the tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"

@@ -420,12 +420,14 @@ def flatten(cfg: Any) -> dict[str, JSONValue]:
     return found
 
 
+ABSENT = "(absent)"  # in the place of a value, for people
+
+
 def diff(old: Any, new: Any) -> dict[str, tuple[JSONValue, JSONValue]]:
     """The leaves that differ between two configs (or their JSON): path -> (old, new)."""
     a, b = flatten(old), flatten(new)
-    missing = "(absent)"
     return {
-        k: (a[k] if k in a else missing, b[k] if k in b else missing)
+        k: (a[k] if k in a else ABSENT, b[k] if k in b else ABSENT)
         for k in sorted(a.keys() | b.keys())
         if k not in a or k not in b or a[k] != b[k]
     }

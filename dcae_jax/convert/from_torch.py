@@ -100,12 +100,12 @@ def open_source(source: str, part: str | None = None, also: str = "") -> Iterato
     `part` and `also`: see `load`.
     """
     path, from_hub = _absolute(source), False
-    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", source):
-        path, from_hub = epath.Path(download(source)), True
+    if not path.exists() and (name := _hub_name(source)):
+        path, from_hub = epath.Path(download(name)), True
     if not path.exists():
         raise UserError(
             f"{source} does not exist; give {also}a folder with config.json and weights, a "
-            f"{', '.join(SUFFIXES)} file, or a name on the hub (owner/name)"
+            f"{', '.join(SUFFIXES)} file, or a release's name or owner/name on the hub"
         )
     fields, layout, where = None, None, str(path / CONFIG)
     if path.is_dir():
@@ -116,6 +116,15 @@ def open_source(source: str, part: str | None = None, also: str = "") -> Iterato
         tensors = _merged([stack.enter_context(open_tensors(f, part)) for f in files])
         notes += tensors.notes
         yield Opened(fields, where, tensors._replace(notes=notes), from_hub)
+
+
+def _hub_name(source: str) -> str | None:
+    """Where on the hub: owner/name as given, or that of the release of this name."""
+    release = releases.named(source) or releases.diffusion_named(source)
+    if release is None or "/" in source:
+        return source if re.fullmatch(r"[\w.-]+/[\w.-]+", source) else None
+    every = releases.RELEASES if release in releases.RELEASES else releases.DIFFUSION
+    return next(iter(every[release].hub), None)
 
 
 def _absolute(source: str) -> epath.Path:

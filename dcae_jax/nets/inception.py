@@ -284,8 +284,16 @@ def default_path() -> epath.Path:
 
 def load(path: epath.PathLike | None = None) -> Params:
     """Parameters (float32 numpy) from `path` or the default path; a narrow file says that it is."""
-    divisor = int(info(path).get("divisor", "1"))
-    return weights.load(NAME, path, abstract_params(divisor))
+    return weights.load(NAME, path, abstract_params(_divisor(info(path))))
+
+
+def _divisor(metadata: Mapping[str, str]) -> int:
+    return int(metadata.get("divisor", "1"))
+
+
+def pool_of(metadata: Mapping[str, str]) -> int:
+    """How many features `pool` has with these weights."""
+    return abstract_params(_divisor(metadata))["fc"]["kernel"].shape[0]
 
 
 def info(path: epath.PathLike | None = None) -> dict[str, str]:
@@ -308,7 +316,7 @@ def resized(images: UInt8[Array, "b h w 3"], resize: Resize) -> Float[Array, "b 
 
 
 def network(params: Params, x: Float[Array, "b 299 299 3"]) -> Features:
-    """Features of what `resized` gives."""
+    """Features of what `resized` gives: one program for all sizes of images."""
     x = _chained(params, x, _BELOW)
     spatial = _conv(params["Mixed_6d"][_SPATIAL.name], x, _SPATIAL)[..., :_SPATIAL_CHANNELS]
     pool = jnp.mean(_chained(params, x, _ABOVE), axis=(1, 2))

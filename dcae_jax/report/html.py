@@ -17,7 +17,7 @@ from etils import epath
 from dcae_jax.report import curves, diffusion, phases, progress, writers
 from dcae_jax.report.phases import Phase, Table
 
-_PICTURE_BYTES = 3_000_000  # of all pictures together; base64 makes 4 MB of them
+PICTURE_BYTES = 3_000_000  # of all pictures together; base64 makes 4 MB of them
 _OTHER_PANELS = 24  # small panels of the remaining training scalars, at most
 
 
@@ -40,13 +40,19 @@ def build_report(
 
 def render(found: Sequence[Phase]) -> str:
     """The page as text."""
+    return page("template.html", _page(found))
+
+
+def page(template: str, values: dict[str, Any]) -> str:
+    """A template of this folder with its values, which are escaped unless they are markup."""
     import jinja2
 
+    folder = epath.resource_path("dcae_jax") / "report"
     environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    source = epath.resource_path("dcae_jax") / "report" / "template.html"
-    return environment.from_string(source.read_text()).render(**_page(found))
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined,
+        loader=jinja2.FunctionLoader(lambda name: (folder / name).read_text()),
+    )  # fmt: skip
+    return environment.get_template(template).render(**values)
 
 
 def _page(found: Sequence[Phase]) -> dict[str, Any]:
@@ -216,7 +222,7 @@ def _galleries(found: Sequence[Phase]) -> list[Gallery]:
     count = max(sum(len(pictures) for pictures in chosen.values()), 1)
     galleries = []
     for name in names:
-        pictures = [_embedded(*choice, _PICTURE_BYTES // count) for choice in chosen[name]]
+        pictures = [embedded(*choice, PICTURE_BYTES // count) for choice in chosen[name]]
         missing = [p.name for p in found if not p.images.get(name)]
         sentence = f"No picture was recorded by {', '.join(missing)}." if missing else ""
         galleries.append(Gallery(name, _what(found, name), pictures, sentence))
@@ -257,7 +263,7 @@ def _picture_scores(phase: Phase, name: str, step: int) -> str:
     return ", ".join(parts)
 
 
-def _embedded(caption: str, scores: str, path: epath.Path, budget: int) -> Picture:
+def embedded(caption: str, scores: str, path: epath.Path, budget: int) -> Picture:
     """The file itself where it is small enough, else a JPEG, made smaller until it fits."""
     data = path.read_bytes()
     if len(data) <= budget:

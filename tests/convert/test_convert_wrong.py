@@ -537,6 +537,21 @@ def test_a_hub_name_tells_the_release_but_its_config_tells_the_network(monkeypat
     assert names.layout_of(["encoder.x"]) is None
 
 
+def test_a_release_is_found_on_the_hub_by_its_name_alone(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        from_torch, "download", lambda name: asked.append(name) or str(FILES / "dc")
+    )
+    notes = from_torch.load("dc-ae-f64c128-in-1.0").notes
+    from_torch.load("dc-ae-turbo")  # a former name
+    assert asked == ["mit-han-lab/dc-ae-f64c128-in-1.0", "dc-ai/dc-ae-lite-f32c32"]
+    assert "does not hold the network of dc-ae-f64c128-in-1.0" in notes[-1]
+    for unknown in ("dc-ae-f64c128-in-2.0", "imagenet256_uvit_huge"):  # of the last: no hub name
+        with pytest.raises(UserError, match=f"{unknown} does not exist; give .*a release's name"):
+            from_torch.load(unknown)
+    assert len(asked) == 2
+
+
 @pytest.mark.parametrize("name", ["import", "export"])
 def test_help_is_quick_and_complete(name, capsys):
     with pytest.raises(SystemExit) as e:
