@@ -147,12 +147,12 @@ def evaluate(cfg: RunConfig, source: str, preemption: distributed.Preemption) ->
         task = cfg.task.build(cfg)
         state, weights = _trained(cfg, source, mesh, task)
         constants = jax.device_put(task.constants(training=False), sharding.replicated(mesh))
+        evaluators = {e.name: e.build(cfg, task, mesh) for e in cfg.evals}  # they look for files
         reports = {}
-        for e in cfg.evals:
-            evaluator = e.build(cfg, task, mesh)
+        for name, evaluator in evaluators.items():
             try:
-                reports[e.name] = _report(
-                    e.name, evaluator, state, constants, preemption.check, weights.step
+                reports[name] = _report(
+                    name, evaluator, state, constants, preemption.check, weights.step
                 )
             except distributed.Preempted:
                 say("evaluation stopped; nothing was written, the same command starts it again")
@@ -380,9 +380,9 @@ def _loop(run: Run) -> int:
                 _log(run, k, pending[:-1])
                 del pending[:-1]
             if done < cfg.steps:
-                _evaluate(run, done)
-            if done % cfg.checkpoint.every == 0 and done < cfg.steps:
-                _save(run)
+                best = _evaluate(run, done)
+                if best or done % cfg.checkpoint.every == 0:
+                    _save(run)
             run.preemption.check()
         if pending and not _healthy(run, pending[-1], cfg.steps - 1):
             return _stop(run, pending[-1], cfg.steps - 1)
@@ -542,11 +542,12 @@ def _write(run: Run, done: int, scalars: dict[str, float], images: Any = None) -
         writer.flush()
 
 
-def _evaluate(run: Run, done: int) -> None:
-    """Runs the evaluators that are due after `done` steps."""
+def _evaluate(run: Run, done: int) -> bool:
+    """Runs the evaluators that are due after `done` steps; whether that step is the best so far."""
     due = [e.name for e in run.cfg.evals if e.due(done, run.cfg.steps)]
     if not due:
-        return
+        return False
+    scores: dict[str, float] = {}
     jax.block_until_ready(run.state)
     with run.clock.pause("eval"):
         for name in due:
@@ -554,9 +555,10 @@ def _evaluate(run: Run, done: int) -> None:
                 name, run.evaluators[name], run.state, run.constants, run.preemption.check, done
             )
             scalars = {f"{name}/{k}": v for k, v in report.scalars.items()}
-            run.scores |= scalars
+            scores |= scalars
             _write(run, done, scalars, report.images)
-    run.evaluated_at = done
+    run.evaluated_at, run.scores = done, scores
+    return run.checkpoints.scored(done, scores)
 
 
 def _report(
@@ -575,12 +577,13 @@ def _save(run: Run, wait: bool = False) -> None:
     """Starts a checkpoint; the clock's totals go into it."""
     with run.clock.pause("checkpoint"):
         rows = [{k: float(v) for k, v in row.items()} for row in jax.device_get(run.pending)]
+        best = run.checkpoints.best
         meta = provenance.meta(run.cfg, run.data) | run.record | {
             "clock": run.clock.totals(), "programs": run.programs.totals(), "scores": run.scores,
             "evaluated_at": run.evaluated_at, "pending": rows, "bad_steps": run.bad_steps,
+            "best": best.to_json() if best else None,
         }  # fmt: skip
-        fresh = run.evaluated_at == run.step()
-        run.checkpoints.save(run.state, meta, run.scores if fresh else None)
+        run.checkpoints.save(run.state, meta)
         if wait:
             run.checkpoints.wait()
     run.saved_at = time.monotonic()
@@ -599,9 +602,14 @@ def _finish(run: Run) -> None:
     if distributed.is_main():
         totals, programs_run = run.clock.totals(), run.programs.summary()
         totals |= {"programs": programs_run} if programs_run else {}
+        best = run.checkpoints.best
+        totals |= {"best": best.to_json()} if best else {}
         provenance.write_summary(run.workdir, run.cfg, run.task, totals, baselines)
         html.build_report([run.workdir], run.workdir / "report.html")
         say("\n".join([phases.end_table([run.workdir]), *run.programs.table()]))
+        if best:
+            path = run.checkpoints.folder / str(best.step)
+            say(f"best {best.metric}: {best.value:.4g} at step {best.step}: {path}")
         say(f"report: {run.workdir / 'report.html'}")
 
 

@@ -139,19 +139,27 @@ def test_torn_files_of_a_killed_writer_do_not_matter(whole, tmp_path):
         assert json.loads((tmp_path / name).read_text())
 
 
-def test_the_best_checkpoint_is_one_that_was_scored(tmp_path):
-    """Evaluations after 5, 10, 12, checkpoints after 2, 4, ...: only 10 and 12 have scores.
+def test_the_best_checkpoint_is_saved_and_kept_also_if_its_evaluation_is_interrupted(tmp_path):
+    """Evaluations after 5, 10, 12, checkpoints after 4, 8, 12, of which only the last one stays.
 
-    The score grows, so the lowest of those that count is that of 10; 6 and 8, which come after the
-    still lower score of 5, do not have it.
+    The score grows, so the lowest one is that of 5, whose evaluation a preemption interrupts: the
+    step is saved before it is scored.
     """
-    best = {"checkpoint.best": "folder-32-test/psnr", "checkpoint.best_is_highest": False}
-    assert (
-        runs.run("phase1", tmp_path, **best, **{"checkpoint.every": 2, "checkpoint.keep": 1}) == 0
-    )
+    cfg = runs.make_config("phase1", **{"checkpoint.keep": 1})
+    cfg.checkpoint.best, cfg.checkpoint.best_is_highest = "folder-32-test/psnr", False
+    cfg.evals[0].at_start = False
+    with runs.devices(1):
+        polls = 3 + 4 + 2  # before the first step, after four, within the evaluation
+        assert train.train(cfg, str(tmp_path), runs.StopAt(polls)) == EXIT_PREEMPTED
+        assert runs.steps(tmp_path) == [5] and 5 not in runs.rows(tmp_path)
+        assert train.train(cfg, str(tmp_path), runs.StopAt(None)) == train.DONE
     scores = [runs.rows(tmp_path)[k]["folder-32-test/psnr"] for k in (5, 10, 12)]
     assert scores == sorted(scores)
-    assert runs.steps(tmp_path) == [10, 12]
+    assert runs.steps(tmp_path) == [5, 12]
+    best = runs.summary(tmp_path)["best"]
+    assert best["metric"] == cfg.checkpoint.best and best["step"] == 5
+    # Rows of metrics keep nine digits.
+    assert best["value"] == pytest.approx(scores[0], rel=1e-8)
 
 
 def test_pauses_to_come_are_counted():
