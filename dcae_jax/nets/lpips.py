@@ -1,31 +1,26 @@
-"""LPIPS: the distance between two images in the features of a frozen network (VGG16).
+"""LPIPS: the distance between two images in the features of a frozen network, AlexNet or VGG16.
 
 Source: Zhang et al. 2018 (arXiv 1801.03924), version 0.1 of the published linear heads.
+Published scores use AlexNet, training losses VGG16.
 The weights are a pytree that is always an argument (closed over, XLA would embed 59 MB in every
-program); they come from a safetensors file that `python -m dcae_jax import-net lpips` writes.
+program); they come from the files that `python -m dcae_jax import-net lpips-alex` and `lpips-vgg`
+write.
 """
 
-import hashlib
-import json
-import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
-import safetensors.numpy
 from etils import epath
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from dcae_jax.errors import UserError
+from dcae_jax.nets import weights
 
-IMPORT_COMMAND = "python -m dcae_jax import-net lpips"
-FORMAT = "dcae_jax.lpips"
-
-Params = dict[str, dict[str, Any]]
+Params = weights.Params
 
 # What the published heads were trained with: RGB in [-1, 1] to the statistics of ImageNet.
 _SHIFT = (-0.030, -0.088, -0.188)
@@ -55,7 +50,7 @@ class Pool(NamedTuple):
 class Net(NamedTuple):
     """A feature network as a table of layers, in the order of torchvision's `features`."""
 
-    name: str
+    name: str  # of its file, and for `import-net`
     layers: tuple[Conv | Pool, ...]
 
     def convs(self) -> list[tuple[int, int, Conv]]:
@@ -72,6 +67,16 @@ class Net(NamedTuple):
         """Channels of the compared outputs."""
         return [conv.features for _, _, conv in self.convs() if conv.tap]
 
+    def smallest(self) -> int:
+        """The side of the smallest image that reaches the last layer."""
+        side = 1
+        for layer in reversed(self.layers):
+            window, pad = (
+                (layer.kernel, layer.pad) if isinstance(layer, Conv) else (layer.window, 0)
+            )
+            side = (side - 1) * layer.stride + window - 2 * pad
+        return side
+
 
 def vgg16(widths: tuple[int, int, int, int, int] = (64, 128, 256, 512, 512)) -> Net:
     """VGG16 (Simonyan & Zisserman 2015, configuration D) up to relu5_3, or a narrower one."""
@@ -79,16 +84,26 @@ def vgg16(widths: tuple[int, int, int, int, int] = (64, 128, 256, 512, 512)) -> 
     for width, depth in zip(widths, (2, 2, 3, 3, 3), strict=True):
         layers += [Pool()] if layers else []
         layers += [Conv(width)] * (depth - 1) + [Conv(width, tap=True)]
-    return Net("vgg16", tuple(layers))
+    return Net("lpips-vgg", tuple(layers))
 
 
-VGG16 = vgg16()
+def alexnet(widths: tuple[int, int, int, int, int] = (64, 192, 384, 256, 256)) -> Net:
+    """AlexNet (Krizhevsky 2014, arXiv 1404.5997, one tower) up to relu5, or a narrower one."""
+    a, b, c, d, e = widths
+    layers = (
+        Conv(a, 11, 4, 2, tap=True),
+        Pool(3, 2),
+        Conv(b, 5, 1, 2, tap=True),
+        Pool(3, 2),
+        Conv(c, tap=True),
+        Conv(d, tap=True),
+        Conv(e, tap=True),
+    )
+    return Net("lpips-alex", layers)
 
 
-def default_path() -> epath.Path:
-    """Where `import-net` writes and a config looks: $DCAE_JAX_NETS or the user's cache folder."""
-    root = os.environ.get("DCAE_JAX_NETS") or "~/.cache/dcae_jax/nets"
-    return epath.Path(root).expanduser() / "lpips_vgg.safetensors"
+VGG16, ALEXNET = vgg16(), alexnet()
+NETS = {"alex": ALEXNET, "vgg": VGG16}
 
 
 def abstract_params(net: Net = VGG16) -> Params:
@@ -118,91 +133,49 @@ def from_torch(
     params: Params = {}
     for i, (index, channels, conv) in enumerate(net.convs()):
         shape = (conv.features, channels, conv.kernel, conv.kernel)
-        kernel = _take(features, f"features.{index}.weight", shape)
-        bias = _take(features, f"features.{index}.bias", (conv.features,))
+        kernel = weights.take(features, f"features.{index}.weight", shape)
+        bias = weights.take(features, f"features.{index}.bias", (conv.features,))
         params[f"conv_{i}"] = {"kernel": kernel.transpose(2, 3, 1, 0).copy(), "bias": bias}
     for j, channels in enumerate(net.taps()):
         name = f"lin{j}.model.1.weight"
-        head = _take(heads, name, (1, channels, 1, 1)).reshape(-1)
+        head = weights.take(heads, name, (1, channels, 1, 1)).reshape(-1)
         if (head < 0).any():
             raise UserError(
                 f"{name} has negative weights; the published LPIPS heads have none, so this is "
-                "another file. Give weights/v0.1/vgg.pth of richzhang/PerceptualSimilarity."
+                "another file. Give the one in weights/v0.1 of richzhang/PerceptualSimilarity."
             )
         params[f"head_{j}"] = {"kernel": head}
     return params
 
 
-def _take(state: Mapping[str, np.ndarray], name: str, shape: tuple[int, ...]) -> np.ndarray:
-    if name not in state:
-        some = ", ".join(sorted(state)[:4])
-        raise UserError(f"tensor {name} is missing; the file holds {len(state)}: {some}, ...")
-    value = np.asarray(state[name], np.float32)
-    if value.shape != shape:
-        raise UserError(f"tensor {name} has shape {value.shape}, expected {shape}")
-    if not np.isfinite(value).all():
-        raise UserError(f"tensor {name} holds NaN or infinity; fetch the file again")
-    return value
-
-
-def save(path: epath.PathLike, params: Params, info: Mapping[str, str]) -> dict[str, str]:
-    """Writes the safetensors file; returns its metadata: `info` plus format and digest."""
-    flat = {f"{m}/{n}": np.asarray(v) for m, leaf in params.items() for n, v in leaf.items()}
-    metadata = {**info, "format": FORMAT, "params_sha256": _digest(flat)}
-    path = epath.Path(path).expanduser()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(safetensors.numpy.save(flat, metadata))
-    return metadata
-
-
-def load(path: epath.PathLike | None = None, net: Net = VGG16) -> Params:
-    """Parameters (float32 numpy; put them on the device once) from `path` or the default path.
-
-    UserError when the file is missing, is of another kind, or does not match its own digest.
-    """
-    flat, metadata = _read(path)
-    if metadata.get("params_sha256") != _digest(flat):
-        raise UserError(f"{_resolved(path)} is damaged (its digest differs). Run: {IMPORT_COMMAND}")
+def random(seed: int, net: Net = VGG16) -> Params:
+    """Random weights: He's scale keeps activations of order 1, heads are non-negative."""
+    rng = np.random.default_rng(seed)
     params: Params = {}
-    for module, leaves in abstract_params(net).items():
-        for name, leaf in leaves.items():
-            value = _take(flat, f"{module}/{name}", leaf.shape)
-            params.setdefault(module, {})[name] = value
+    for name, leaves in abstract_params(net).items():
+        shape = leaves["kernel"].shape
+        if name.startswith("head"):
+            params[name] = {"kernel": rng.uniform(0, 1 / shape[0], shape).astype(np.float32)}
+            continue
+        kernel = rng.normal(0, np.sqrt(2 / np.prod(shape[:-1])), shape)
+        bias = rng.normal(0, 0.1, shape[-1])
+        params[name] = {"kernel": kernel.astype(np.float32), "bias": bias.astype(np.float32)}
     return params
 
 
-def info(path: epath.PathLike | None = None) -> dict[str, str]:
+def default_path(net: Net = VGG16) -> epath.Path:
+    """Where `import-net` writes and a config looks: $DCAE_JAX_NETS or the user's cache folder."""
+    return weights.default_path(net.name)
+
+
+def load(path: epath.PathLike | None = None, net: Net = VGG16) -> Params:
+    """Parameters (float32 numpy; put them on the device once) from `path` or the default path."""
+    return weights.load(net.name, path, abstract_params(net))
+
+
+def info(path: epath.PathLike | None = None, net: Net = VGG16) -> dict[str, str]:
     """What the file says of itself: sources, their SHA256, `params_sha256`. Record it in a run."""
-    return _read(path)[1]
-
-
-def _resolved(path: epath.PathLike | None) -> epath.Path:
-    return default_path() if path is None else epath.Path(path).expanduser()
-
-
-def _read(path: epath.PathLike | None) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    path = _resolved(path)
-    if not path.exists():
-        raise UserError(f"no LPIPS weights at {path}. Make the file with: {IMPORT_COMMAND}")
-    data = path.read_bytes()
-    try:
-        flat = safetensors.numpy.load(data)
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    except (safetensors.SafetensorError, ValueError, KeyError) as e:
-        raise UserError(f"{path} is no safetensors file ({e}). Run: {IMPORT_COMMAND}") from e
-    metadata = header.get("__metadata__", {})
-    if metadata.get("format") != FORMAT:
-        raise UserError(f"{path} was not written by `{IMPORT_COMMAND}`: run it on the files.")
-    return flat, metadata
-
-
-def _digest(flat: Mapping[str, np.ndarray]) -> str:
-    """SHA256 over names, shapes and bytes, independent of the order in the file."""
-    sha = hashlib.sha256()
-    for name in sorted(flat):
-        sha.update(f"{name} {flat[name].shape} {flat[name].dtype}".encode())
-        sha.update(np.ascontiguousarray(flat[name]).tobytes())
-    return sha.hexdigest()
+    return weights.info(net.name, path)
 
 
 # --- the distance
@@ -224,9 +197,10 @@ def lpips(
     `dtype` is that of the convolutions; f32 islands: input scaling, feature norms, differences,
     heads and means.  In float32 the convolutions run at the highest precision (no TF32).
     """
-    smallest = 2 ** sum(isinstance(layer, Pool) for layer in net.layers)
-    if min(x.shape[1:3]) < smallest:
-        raise UserError(f"LPIPS needs images of {smallest} px and more, got {x.shape[1:3]}")
+    if min(x.shape[1:3]) < net.smallest():
+        raise UserError(
+            f"{net.name} needs images of {net.smallest()} px and more, got {x.shape[1:3]}"
+        )
     targets = jax.lax.stop_gradient(features(params, jax.lax.stop_gradient(y), dtype, net))
     total = jnp.zeros(x.shape[0], jnp.float32)
     for j, (a, b) in enumerate(zip(features(params, x, dtype, net), targets, strict=True)):
