@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from dcae_jax.autoencoder import Autoencoder
     from dcae_jax.codec import Codec, CodecConfig
-    from dcae_jax.config import InitWeights
+    from dcae_jax.config import InitWeights, RunConfig
     from dcae_jax.data.files import ImageFile
     from dcae_jax.data.pipeline import DataConfig
     from dcae_jax.data.transforms import Pixels
@@ -98,6 +98,29 @@ def filter_images(data: "DataConfig", args: argparse.Namespace) -> None:
         data.min_size = args.min_size
     if args.max_bad_fraction is not None:
         data.max_bad_fraction = args.max_bad_fraction
+
+
+def refuse_unknown(overrides: list[str]) -> None:
+    """UserError for what neither the command nor --config takes."""
+    from dcae_jax.errors import UserError
+
+    named = [
+        a for a in overrides if a.startswith("-") and not a.startswith(("--config", "-config"))
+    ]
+    if named or (overrides and not overrides[0].startswith("-")):
+        raise UserError(f"unknown argument(s) {named or overrides}; see --help")
+
+
+def configured(command: str, overrides: list[str]) -> "RunConfig":
+    """The config of --config=FILE and its overrides."""
+    from absl import flags
+
+    from dcae_jax import flags as config_flag
+
+    if "config" not in flags.FLAGS:
+        config_flag.define_config()
+    config_flag.parse([f"python -m dcae_jax {command}", *overrides])
+    return flags.FLAGS["config"].value
 
 
 @contextlib.contextmanager

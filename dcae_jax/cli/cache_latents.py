@@ -64,7 +64,7 @@ class Job:
 def main(argv: list[str]) -> int:
     """Entry point of `python -m dcae_jax cache-latents`."""
     args, overrides = _parser().parse_known_args(argv)
-    _refuse_unknown(overrides)
+    _options.refuse_unknown(overrides)
     from dcae_jax import distributed
 
     distributed.initialize()
@@ -107,16 +107,6 @@ def _parser() -> Any:
         help=f"images in a shard (default: {_SHARD_RECORDS})",
     )  # fmt: skip
     return parser
-
-
-def _refuse_unknown(overrides: list[str]) -> None:
-    from dcae_jax.errors import UserError
-
-    named = [
-        a for a in overrides if a.startswith("-") and not a.startswith(("--config", "-config"))
-    ]
-    if named or (overrides and not overrides[0].startswith("-")):
-        raise UserError(f"unknown argument(s) {named or overrides}; see --help")
 
 
 def _run(args: Any, overrides: list[str]) -> None:
@@ -178,14 +168,7 @@ def _data(args: Any, overrides: list[str]) -> "DataConfig":
 
 
 def _configured(overrides: list[str]) -> Any:
-    from absl import flags
-
-    from dcae_jax import flags as config_flag
-
-    if "config" not in flags.FLAGS:
-        config_flag.define_config()
-    config_flag.parse(["python -m dcae_jax cache-latents", *overrides])
-    return copy.deepcopy(flags.FLAGS["config"].value.data)
+    return copy.deepcopy(_options.configured("cache-latents", overrides).data)
 
 
 def _data_of_run(source: str) -> Any:

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 _SHOWN = 8  # images in the grid
 _CELL = 384  # pixels of the longer side of a picture in the grid
+_GAIN = 4.0  # of the errors there
+COLUMNS = ("original", "reconstruction", f"error x{_GAIN:g}")
 _LABEL = 28  # letters of a name in the grid
 _SEAM = 2.0  # ratio of what tiles change in the overlaps to elsewhere, above which it is told
 
@@ -90,7 +92,7 @@ def _all(
         row, reconstruction = _one(work, file, original)
         rows.append(row)
         if len(shown) < _SHOWN or file.name < max(shown):
-            shown[file.name] = _cells(original, reconstruction)
+            shown[file.name] = cells(original, reconstruction)
             shown = dict(sorted(shown.items())[:_SHOWN])
         seconds = time.perf_counter() - begin
         size = f"{row['width']} x {row['height']}"
@@ -209,15 +211,12 @@ def _write_scores(
     outputs.write(out / "scores.json", json.dumps(record, indent=1).encode())
 
 
-def _cells(original: "Pixels", reconstruction: "Pixels") -> "list[np.ndarray]":
+def cells(original: "Pixels", reconstruction: "Pixels") -> "list[np.ndarray]":
     """Original, reconstruction and error for the grid, scaled to it after the error was taken."""
     from dcae_jax.report import images as pictures
 
     error = pictures.error_map(original, reconstruction, _GAIN)
     return [fitted(picture, _CELL) for picture in (original, reconstruction, error)]
-
-
-_GAIN = 4.0
 
 
 def fitted(picture: "Pixels", side: int) -> "Pixels":
@@ -242,7 +241,7 @@ def _write_grid(
     some = f"{len(shown)} of {len(rows)} images, " if len(shown) < len(rows) else ""
     picture = pictures.grid(
         [shown[row["name"]] for row in rows if row["name"] in shown],
-        columns=["original", "reconstruction", f"error x{_GAIN:g}"],
+        columns=COLUMNS,
         labels=labels, caption=f"{some}{source}",
     )  # fmt: skip
     outputs.write(out / "grid.png", pictures.to_png(picture))

@@ -354,6 +354,10 @@ class FolderSource:
         label = self._labels[name.split("/", 1)[0]] if self.classes else 0
         return Record((self._root / name).read_bytes(), label, name)
 
+    def names(self) -> tuple[str, ...]:
+        """Of all files, below the folder, in their order."""
+        return tuple(self._names)
+
     def size(self, index: int) -> tuple[int, int]:
         """(height, width) from the file's header; the pixels are not read."""
         with (self._root / self._names[index]).open("rb") as file:
@@ -474,6 +478,18 @@ def _walk_images(folder: epath.Path, prefix: str, above: tuple[str, ...] = ()) -
             yield prefix + path.name
         elif path.is_dir():
             yield from _walk_images(path, f"{prefix}{path.name}/", (*above, real))
+
+
+def held_out_split(path: str) -> str:
+    """The split of a folder that models are judged on.
+
+    "validation" or "test" if it has such a subfolder, else "train", which is the whole folder where
+    there are no splits.
+    """
+    root = epath.Path(path).expanduser()
+    present = {p.name for p in root.iterdir() if p.is_dir()} if root.is_dir() else set()
+    held_out = (split for split in ("validation", "test") if present & {*_SPLIT_FOLDERS[split]})
+    return next(held_out, "train")
 
 
 def _split_folder(root: epath.Path, split: str, holdout: float) -> epath.Path:

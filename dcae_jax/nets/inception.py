@@ -297,11 +297,16 @@ def info(path: epath.PathLike | None = None) -> dict[str, str]:
 
 def features(params: Params, images: UInt8[Array, "b h w 3"], resize: Resize) -> Features:
     """Features of RGB images of any size; under jit, what the caller drops is not computed."""
-    x = _chained(params, resized(images, resize), _BELOW)
+    return network(params, resized(images, resize))
+
+
+def network(params: Params, x: Float[Array, "b 299 299 3"]) -> Features:
+    """The features of what `resized` gives: one program for all sizes of images."""
+    x = _chained(params, x, _BELOW)
     spatial = _conv(params["Mixed_6d"][_SPATIAL.name], x, _SPATIAL)[..., :_SPATIAL_CHANNELS]
     pool = jnp.mean(_chained(params, x, _ABOVE), axis=(1, 2))
     logits = jnp.matmul(pool, params["fc"]["kernel"], precision=_HIGHEST)
-    return Features(pool, spatial.reshape(len(images), -1), logits)
+    return Features(pool, spatial.reshape(len(x), -1), logits)
 
 
 def resized(images: UInt8[Array, "b h w 3"], resize: Resize) -> Float[Array, "b 299 299 3"]:

@@ -56,7 +56,7 @@ def reconstruction_grid(
     rows, texts = [], []
     for x, y, label in zip(originals, reconstructions, labels, strict=True):
         rows.append([x, y, error_map(x, y, gain)])
-        texts.append(f"{label}\n{_psnr(x, y)}")
+        texts.append(f"{label}\n{psnr(x, y)}")
     columns = ["original", "reconstruction", f"error x{gain:g}"]
     per_group = -(-len(rows) // groups)
     parts = [
@@ -66,7 +66,7 @@ def reconstruction_grid(
     return _under_caption(_side_by_side(parts), caption)
 
 
-def _psnr(x: Picture, y: Picture) -> str:
+def psnr(x: Picture, y: Picture) -> str:
     """PSNR of one pair of uint8 images, peak 255."""
     mse = float(np.mean((x.astype(np.float64) - y.astype(np.float64)) ** 2))
     return "identical" if mse == 0 else f"{10 * np.log10(255**2 / mse):.1f} dB"

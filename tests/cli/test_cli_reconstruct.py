@@ -226,10 +226,10 @@ def test_small_images_are_enlarged_in_the_grid(monkeypatch) -> None:
 
     monkeypatch.setattr(reconstruct, "_CELL", 40)
     image = networks.picture(12, 9)
-    cells = reconstruct._cells(image, image)
+    cells = reconstruct.cells(image, image)
     np.testing.assert_array_equal(cells[0], image.repeat(3, axis=0).repeat(3, axis=1))
     assert [cell.shape for cell in cells] == [(36, 27, 3)] * 3
-    assert reconstruct._cells(networks.picture(60, 30), networks.picture(60, 30))[0].shape[0] == 40
+    assert reconstruct.cells(networks.picture(60, 30), networks.picture(60, 30))[0].shape[0] == 40
 
 
 def test_seams_above_twice_the_rest_are_told(capsys) -> None:

@@ -102,5 +102,5 @@ def test_reconstruction_grid(groups):
 
 def test_label_psnr():
     x = np.full((4, 4, 3), 100, np.uint8)
-    assert images._psnr(x, x + np.uint8(10)) == "28.1 dB"  # 10 log10(255^2 / 100) = 28.13
-    assert images._psnr(x, x) == "identical"
+    assert images.psnr(x, x + np.uint8(10)) == "28.1 dB"  # 10 log10(255^2 / 100) = 28.13
+    assert images.psnr(x, x) == "identical"

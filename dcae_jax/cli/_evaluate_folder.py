@@ -1,0 +1,180 @@
+"""The folder of `evaluate`: what is there, going on, metrics.json, the table."""
+
+import contextlib
+import json
+import math
+import shutil
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from dcae_jax.cli._sample_job import short
+from dcae_jax.cli._trained import say
+
+if TYPE_CHECKING:
+    from dcae_jax.cli._evaluate_job import Job
+    from dcae_jax.evals.parts import Work
+
+FORMAT = "dcae_jax.metrics/1"
+METRICS = "metrics.json"
+_RECORD = "evaluate.json"
+_NAMES_NOTHING = ("commit",)  # of a protocol: may change while a folder is finished
+
+
+@contextlib.contextmanager
+def claimed(job: "Job") -> Iterator[None]:
+    """Keeps other commands out of the folder, and clears what a killed one has left."""
+    from dcae_jax import distributed, outputs
+    from dcae_jax.evals import parts
+
+    if not distributed.is_main():
+        yield
+        return
+    with outputs.locked(job.out, "--out"):
+        for path in outputs.leftovers(job.out):
+            path.unlink(missing_ok=True)
+        parts.clear_leftovers(job.out)
+        yield
+
+
+def settings(job: "Job") -> dict[str, Any]:
+    """What decides the numbers; a folder is continued only with the same."""
+    from dcae_jax.evals.parts import PART
+
+    return {
+        "part": PART,
+        "results": {
+            e.name: {
+                "kind": e.kind.value, "subject": e.subject, "metrics": list(e.metrics),
+                "reference": e.reference.name, "images": {w.name: w.n for w in e.works()},
+                "protocol": {k: v for k, v in e.protocol.items() if k not in _NAMES_NOTHING},
+            }
+            for e in job.evaluations
+        },
+    }  # fmt: skip
+
+
+def check(job: "Job") -> None:
+    """UserError if the folder is of another evaluation, else its record; on the first process."""
+    from dcae_jax import config, outputs
+    from dcae_jax.data.latents import read_json
+    from dcae_jax.errors import UserError
+    from dcae_jax.evals import parts
+
+    new = settings(job)
+    old = read_json(job.out / _RECORD)
+    started = parts.any_there(job.out) or (job.out / METRICS).exists()
+    if not (isinstance(old, dict) and old.keys() == new.keys()):
+        inside = {p.name for p in job.out.iterdir()} - {_RECORD, "samples"}
+        if inside:
+            raise UserError(
+                f"--out {job.out} is not empty and has no whole {_RECORD}; give a new folder"
+            )
+    elif started and (changes := config.diff(old, json.loads(json.dumps(new)))):
+        lines = "\n".join(f"  - {k}: {short(a)} -> {short(b)}" for k, (a, b) in changes.items())
+        raise UserError(
+            f"--out {job.out} holds another evaluation, finished or not:\n{lines}\nGive a new "
+            "folder, or the same options to continue"
+        )
+    outputs.write(job.out / _RECORD, json.dumps(new, indent=1).encode())
+
+
+def finished(job: "Job") -> dict[str, Any] | None:
+    """metrics.json of the folder, if it is there."""
+    from dcae_jax.data.latents import read_json
+
+    return read_json(job.out / METRICS)
+
+
+def check_space(job: "Job", missing: "list[tuple[Work, int]]") -> None:
+    """UserError if the disk will not hold the parts; so many are missing of each work."""
+    from dcae_jax.errors import UserError
+    from dcae_jax.evals import parts
+
+    if "://" in str(job.out):
+        return
+    needed = sum(parts.space(work, count) for work, count in missing)
+    free = shutil.disk_usage(job.out).free
+    if free < needed:
+        raise UserError(
+            f"{job.out} has {free / 1e9:.3g} GB free, the features need about "
+            f"{needed / 1e9:.3g} GB until the end; make room or choose another --out"
+        )
+
+
+def finish(job: "Job", seconds: float) -> None:
+    """Scores, pictures, metrics.json, the table; then the parts go."""
+    from dcae_jax import outputs
+    from dcae_jax.evals import parts, scores
+    from dcae_jax.report import images as pictures
+
+    results = []
+    for evaluation in job.evaluations:
+        parts.refuse_bad([] if job.skip_bad else _bad(job, evaluation.works()))
+        results.append(scores.result(evaluation, job.out))
+        grid = evaluation.grid(job.out, caption(results[-1]))
+        if grid is None:
+            results[-1]["pictures"] = []
+        else:
+            outputs.write(job.out / evaluation.picture, pictures.to_png(grid))
+    record = {"format": FORMAT, "results": results, "made": _made(seconds)}
+    outputs.write(job.out / METRICS, json.dumps(record, indent=1).encode())
+    say(table(record))
+    say(f"\nwrote {job.out / METRICS}")
+    if not job.keep_parts:
+        parts.remove(job.out)
+
+
+def _bad(job: "Job", works: "list[Work]") -> list[tuple[str, str]]:
+    from dcae_jax.evals.parts import Stored
+
+    return [item for work in works for item in Stored(job.out, work).bad()]
+
+
+def _made(seconds: float) -> dict[str, Any]:
+    import datetime
+
+    import jax
+
+    from dcae_jax import provenance
+
+    return {
+        "command": sys.argv,
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": provenance.versions(), "commit": provenance.commit(),
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "processes": jax.process_count(), "seconds": round(seconds, 1),
+    }  # fmt: skip
+
+
+def caption(result: dict[str, Any]) -> str:
+    """One line under which a grid stands."""
+    values = (f"{s['label']} {_number(n, s)}" for n, s in result["scores"].items())
+    return f"{result['subject']['source']}: {', '.join(values)}"
+
+
+def _number(name: str, score: dict[str, Any]) -> str:
+    from dcae_jax.evals import protocol
+
+    metric = "fid" if name in protocol.FID_NAMES.values() else name
+    value = math.inf if score["value"] is None else score["value"]
+    return f"{value:.{protocol.METRICS[metric].digits}f}"
+
+
+def table(record: dict[str, Any]) -> str:
+    """All scores for people; why one is not comparable stands below, once."""
+    lines = []
+    for result in record["results"]:
+        scores = result["scores"]
+        notes = list(dict.fromkeys(s["note"] for s in scores.values() if s["note"]))
+        width = max(len(score["label"]) for score in scores.values())
+        lines.append(f"\n{result['name']}: {result['subject']['source']}")
+        for name, score in scores.items():
+            error = "" if score["error"] is None else f" +- {score['error']:.2g}"
+            mark = f"({notes.index(score['note']) + 1})" if score["note"] else ""
+            value = f"{_number(name, score):>12}{error:12}"
+            lines.append(f"  {score['label']:{width}} {value} {mark}".rstrip())
+        lines += [f"  ({i}) {note}" for i, note in enumerate(notes, 1)]
+        if "left_out" in result["protocol"]:
+            lines.append(f"  {result['protocol']['left_out']} image(s) could not be used")
+    return "\n".join(lines)

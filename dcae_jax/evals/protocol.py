@@ -1,0 +1,216 @@
+"""What a score means: the metrics, the presets of protocols, names of scores, comparing two.
+
+Sources of the presets.  `dcae`: the evaluation of DC-AE's authors (pytorch-fid's InceptionV3 and
+resize; torch-fidelity's Inception Score; torchmetrics' PSNR, SSIM, LPIPS).  `adm`: the evaluator of
+Dhariwal and Nichol 2021 (guided-diffusion), whose graph resizes as TensorFlow 1 did.
+"""
+
+import difflib
+import enum
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from dcae_jax import config
+from dcae_jax.errors import UserError
+from dcae_jax.nets.inception import Resize
+
+POOL = 2048  # features whose covariance FID needs: singular for fewer images
+QUANTISATION = "uint8 = trunc(clamp(255 (0.5 y + 0.5) + 0.5, 0, 255)), originals too"
+CROP = "centre, halved by box filters and resized by bicubic as ADM"
+SSIM = "borders reflected and counted (torchmetrics 1.5 and later)"
+LPIPS = "AlexNet of 2 (uint8 / 255) - 1"
+
+
+class Kind(enum.Enum):
+    """What is evaluated."""
+
+    autoencoder = "autoencoder"
+    generation = "generation"
+    images = "images"
+
+
+class Metric(NamedTuple):
+    """One score: what it needs of each image, and how it is shown."""
+
+    arrays: tuple[str, ...]  # of each image, see evals/extract.py
+    paired: bool = False  # compares each image with its original
+    reference: str = ""  # the array whose distribution in the reference it is compared with
+    whole: bool = False  # needs the reference's images one by one, not mean and covariance alone
+    net: str = ""
+    covariance: bool = False
+    least: int = 1  # images
+    digits: int = 4
+    only: Kind | None = None
+
+
+METRICS = {
+    "psnr": Metric(("mse",), paired=True, digits=3),
+    "ssim": Metric(("ssim",), paired=True),
+    "ms-ssim": Metric(("ms_ssim",), paired=True),
+    "lpips": Metric(("lpips",), paired=True, net="lpips"),
+    "fid": Metric(("pool",), reference="pool", net="inception", covariance=True, least=2),
+    "sfid": Metric(("spatial",), reference="spatial", net="inception", covariance=True, least=2),
+    "kid": Metric(
+        ("pool",), reference="pool", whole=True, net="inception", least=1000, digits=6
+    ),  # subsets
+    "is": Metric(("logits",), net="inception", least=10, digits=3),  # splits
+    "precision": Metric(("pool",), reference="pool", whole=True, net="inception", least=4),
+    "recall": Metric(("pool",), reference="pool", whole=True, net="inception", least=4),
+    "latent-rms": Metric(("latent_square",), only=Kind.autoencoder),
+}
+# FID is called by what it is taken of.
+FID_NAMES = {Kind.autoencoder: "rfid", Kind.generation: "gfid", Kind.images: "fid"}
+DEFAULTS = {
+    Kind.autoencoder: ("psnr", "ssim", "lpips", "fid", "latent-rms"),
+    Kind.generation: ("fid", "is"),
+    Kind.images: ("fid", "kid"),
+}
+
+
+class Labels(enum.Enum):
+    """How the classes of generated images are chosen."""
+
+    random = "random"  # drawn one by one, as DC-AE's evaluation does
+    balanced = "balanced"  # every class equally often, as ADM's samples: FID is about 0.1 lower
+
+
+class Preset(NamedTuple):
+    """What a published evaluation fixes."""
+
+    name: str
+    features: Resize  # before the network of FID, sFID, KID, precision and recall
+    score: Resize  # before that of IS
+    labels: Labels
+
+
+PRESETS = {
+    "dcae": Preset("dcae", Resize.half_pixel, Resize.tf1, Labels.random),
+    "adm": Preset("adm", Resize.tf1, Resize.tf1, Labels.balanced),
+}
+
+
+def parse_metrics(text: str, kind: Kind) -> tuple[str, ...]:
+    """Names of METRICS in their order there; UserError for a name that does not exist."""
+    given = [name.strip().lower() for name in text.split(",")]
+    own = FID_NAMES[kind]
+    known = [n for n, m in METRICS.items() if m.only in (None, kind)]
+    found = []
+    for name in given:
+        plain = "fid" if name == own else name
+        if plain not in known:
+            shown = [own if n == "fid" else n for n in known]
+            near = difflib.get_close_matches(name, shown, 1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise UserError(
+                f"--metrics: no {name!r} of {_THINGS[kind]}; {hint}There are {', '.join(shown)}"
+            )
+        found.append(plain)
+    return tuple(name for name in METRICS if name in found)
+
+
+_THINGS = {
+    Kind.autoencoder: "an autoencoder", Kind.generation: "a diffusion model",
+    Kind.images: "two sets of images",
+}  # fmt: skip
+
+
+def arrays_of(metrics: Sequence[str]) -> set[str]:
+    """What is computed of each image for these metrics."""
+    return {name for metric in metrics for name in METRICS[metric].arrays}
+
+
+def nets_of(metrics: Sequence[str]) -> set[str]:
+    """The frozen networks that these metrics need."""
+    return {METRICS[metric].net for metric in metrics} - {""}
+
+
+# ------------------------------------------------------------------------------------------- names
+
+
+def count_name(n: int) -> str:
+    """50000 -> 50k, 2048 -> 2048: "k" for whole thousands only."""
+    return f"{n // 1000}k" if n >= 1000 and n % 1000 == 0 else str(n)
+
+
+def key_of(metric: str, kind: Kind) -> str:
+    """The name of a score in metrics.json: rfid, gfid or fid; else that of the metric."""
+    return FID_NAMES[kind] if metric == "fid" else metric
+
+
+def label(metric: str, kind: Kind, n: int, reference: str) -> str:
+    """A name to cite: rfid50k[imagenet-val-512].  IS has no reference."""
+    behind = "" if metric == "is" else f"[{reference}]"
+    return f"{key_of(metric, kind)}{count_name(n)}{behind}"
+
+
+class Standing(NamedTuple):
+    """Whether a score may be held against other papers' scores, and why not."""
+
+    comparable: bool
+    note: str
+
+
+def standing(
+    metric: str, n: int, reference_n: int | None, doubts: dict[str, str | None]
+) -> Standing:
+    """Of a score of n images; `doubts` of each network's weights, where there is one."""
+    about, notes = METRICS[metric], []
+    if about.net and (doubt := doubts[about.net]):
+        notes.append(f"comparable with nothing ({about.net}: {doubt})")
+    if about.covariance:
+        for count, whose in ((n, "N"), (reference_n, "reference's N")):
+            if count is not None and count < POOL:
+                notes.append(
+                    f"not comparable ({whose} = {count} < {POOL}: the covariance of {POOL} "
+                    "features is singular)"
+                )
+                break
+    return Standing(not notes, "; ".join(notes))
+
+
+# --------------------------------------------------------------------------------------- comparing
+
+_FEATURES = frozenset(("fid", "sfid", "kid", "precision", "recall"))
+# Fields of a protocol that matter to some metrics alone; the others matter to all.
+_MATTERS = {
+    "reference_digest": _FEATURES,
+    "resize.features": _FEATURES,
+    "resize.is": frozenset(("is",)),
+    "nets.inception": _FEATURES | {"is"},
+    "nets.lpips": frozenset(("lpips",)),
+    "ssim": frozenset(("ssim",)),
+    "lpips": frozenset(("lpips",)),
+}
+# Shown, and no hindrance: how the code was, and names of what has a digest.
+_SHOWN = ("commit", "versions", "preset", "data", "reference")
+
+
+class Comparison(NamedTuple):
+    """Of two results: a score is in one of the first two."""
+
+    deltas: dict[str, tuple[float, float]]  # score -> (a, b), where the protocols agree
+    differing: dict[str, dict[str, tuple[Any, Any]]]  # score -> field -> (a, b), where they do not
+    shown: dict[str, tuple[Any, Any]]  # field -> (a, b): different, and no hindrance
+
+
+def compare(a: dict[str, Any], b: dict[str, Any]) -> Comparison:
+    """Two results of metrics.json files, score by score, of those that both have with a value."""
+    changes = config.diff(a["protocol"], b["protocol"])
+    shown = {k: v for k, v in changes.items() if k.split(".")[0] in _SHOWN}
+    deltas, differing = {}, {}
+    for name, score in a["scores"].items():
+        values = score["value"], b["scores"][name]["value"] if name in b["scores"] else None
+        if any(v is None or not math.isfinite(v) for v in values):
+            continue
+        metric = "fid" if name in FID_NAMES.values() else name
+        hindrance = {k: v for k, v in changes.items() if k not in shown and _matters(k, metric)}
+        if hindrance:
+            differing[name] = hindrance
+        else:
+            deltas[name] = values
+    return Comparison(deltas, differing, shown)
+
+
+def _matters(field: str, metric: str) -> bool:
+    return all(metric in some for f, some in _MATTERS.items() if f"{field}.".startswith(f"{f}."))
