@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from dcae_jax import scores
+from dcae_jax import score_names
 from dcae_jax.errors import UserError
 
 JSONValue = Any
@@ -216,8 +216,8 @@ class CheckpointConfig:
             found.append(f"checkpoint.every = {self.every}; at least 1")
         if self.keep < 1:
             found.append(f"checkpoint.keep = {self.keep}; at least 1, or nothing could be resumed")
-        way = scores.better(self.best.rsplit("/", 1)[-1])
-        if way is not None and (way is scores.Better.higher) != self.best_is_highest:
+        way = score_names.better(self.best.rsplit("/", 1)[-1])
+        if way is not None and (way is score_names.Better.higher) != self.best_is_highest:
             found.append(
                 f"checkpoint.best_is_highest = {self.best_is_highest}, but of checkpoint.best = "
                 f"{self.best!r} the {way.value} one is better; set {not self.best_is_highest}"

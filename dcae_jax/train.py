@@ -37,6 +37,7 @@ from dcae_jax.config import InitWeights, NonFinite, RunConfig
 from dcae_jax.data import pipeline
 from dcae_jax.data.latents import LatentDataConfig
 from dcae_jax.errors import UserError
+from dcae_jax.evals import base as evals_base
 from dcae_jax.report import flops, html, phases, progress, writers
 from dcae_jax.step import TrainState
 from dcae_jax.tasks.base import Extends, Task, Trims
@@ -65,7 +66,7 @@ class Run:
     batches: pipeline.BatchIterator
     programs: programs.Programs
     data: str  # fingerprint of the records
-    record: dict[str, Any]  # what the task keeps in every checkpoint
+    record: dict[str, Any]  # what task and evaluators keep in every checkpoint
     evaluated_at: int = -1  # steps after which the evaluators last ran to the end
     saved_at: float = field(default_factory=time.monotonic)
     scores: dict[str, float] = field(default_factory=dict)  # of the last evaluation
@@ -158,7 +159,8 @@ def evaluate(cfg: RunConfig, source: str, preemption: distributed.Preemption) ->
                 say("evaluation stopped; nothing was written, the same command starts it again")
                 return distributed.EXIT_PREEMPTED
         if distributed.is_main():
-            _write_scores(cfg, workdir / "eval", weights, reports)
+            record = evals_base.records(evaluators)
+            _write_scores(cfg, workdir / "eval", weights, reports, record)
     return DONE
 
 
@@ -190,8 +192,9 @@ def _trained(
 
 
 def _write_scores(
-    cfg: RunConfig, folder: epath.Path, weights: checkpoint.Weights, reports: dict[str, Any]
-) -> None:
+    cfg: RunConfig, folder: epath.Path, weights: checkpoint.Weights, reports: dict[str, Any],
+    files: dict[str, Any],
+) -> None:  # fmt: skip
     """The scores with what they depend on, under a name of their own, and the pictures."""
     folder.mkdir(parents=True, exist_ok=True)
     record = {
@@ -201,6 +204,7 @@ def _write_scores(
         "weights": weights.source,
         "step": weights.step,
         "training_data": weights.meta["data"],
+        **files,
         **{k: v for k, v in provenance.meta(cfg, "").items() if k != "data"},
     }
     protocol = json.dumps(record["config"], sort_keys=True)
@@ -230,9 +234,10 @@ def _start(
         autoencoder.require_current(cfg.data.manifest())
     constants = jax.device_put(task.constants(training=True), sharding.replicated(mesh))
     evaluators = {e.name: e.build(cfg, task, mesh) for e in cfg.evals}  # they look at their data
+    record = task.record() | evals_base.records(evaluators)
     checkpoints = checkpoint.Checkpoints(workdir, cfg.checkpoint)
     state, shardings, meta = _weights(cfg, workdir, mesh, task, checkpoints)
-    provenance.write(workdir, cfg, data, task.record())
+    provenance.write(workdir, cfg, data, record)
     first = int(jax.device_get(state.step))
     for line in describe_optimizers(task, state.params):
         say(line)
@@ -257,7 +262,7 @@ def _start(
             # Checkpoints of older versions do not have it.
             carried=meta["programs"] if "programs" in meta else (),
         ),
-        data=data, record=task.record(),
+        data=data, record=record,
     )  # fmt: skip
     if meta:
         run.scores, run.evaluated_at = meta["scores"], meta["evaluated_at"]

@@ -15,7 +15,7 @@ _COUNT = r"(\d+k?)?$"  # names of scores of sets carry how many images those hav
 _DIRECTIONS = (
     (r"psnr|ssim$|ms_ssim$|accuracy$|top\d+$|r2_", Better.higher),
     (rf"(is|precision|recall){_COUNT}", Better.higher),
-    (r"lpips$|frechet$|loss|cross_entropy$|mse_", Better.lower),
+    (r"lpips(_vgg)?$|frechet$|loss|cross_entropy$|mse_", Better.lower),
     (rf"(r?fid|sfid|kid){_COUNT}", Better.lower),
 )
 
@@ -33,6 +33,14 @@ def count(n: int) -> str:
 def named(score: str, n: int) -> str:
     """The name of a score of a set of n images: rfid64, fid50k."""
     return f"{score}{count(n)}"
+
+
+def images(metric: str) -> int | None:
+    """How many images a name says; None where it says nothing."""
+    number = parts(metric)[1]
+    if not number:
+        return None
+    return int(number.removesuffix("k")) * (1000 if number.endswith("k") else 1)
 
 
 def parts(metric: str) -> tuple[str, str]:

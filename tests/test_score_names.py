@@ -2,9 +2,9 @@
 
 import pytest
 
-from dcae_jax import scores
+from dcae_jax import score_names
 from dcae_jax.config import CheckpointConfig
-from dcae_jax.scores import Better
+from dcae_jax.score_names import Better
 
 
 @pytest.mark.parametrize(
@@ -18,16 +18,17 @@ from dcae_jax.scores import Better
     ],
 )
 def test_which_way_is_better(way, names):
-    assert {name: scores.better(name) for name in names.split()} == dict.fromkeys(
+    assert {name: score_names.better(name) for name in names.split()} == dict.fromkeys(
         names.split(), way
     )
 
 
 def test_names_carry_the_number_of_images():
-    known = {50_000: "rfid50k", 2048: "rfid2048", 10_000: "rfid10k", 64: "rfid64", 1500: "rfid1500"}
-    assert {n: scores.named("rfid", n) for n in known} == known
-    assert scores.parts("rfid50k") == ("rfid", "50k") and scores.parts("is64") == ("is", "64")
-    assert scores.parts("psnr_c8") == ("psnr_c8", "") and scores.parts("fid") == ("fid", "")
+    known = {50_000: "rfid50k", 2048: "rfid2048", 10_000: "rfid10k", 64: "rfid64"}
+    assert {n: score_names.named("rfid", n) for n in known} == known
+    found = {name: score_names.parts(name) for name in ("rfid50k", "is64", "psnr_c8", "fid")}
+    assert list(found.values()) == [("rfid", "50k"), ("is", "64"), ("psnr_c8", ""), ("fid", "")]
+    assert [score_names.images(name) for name in found] == [50_000, 64, None, None]
 
 
 @pytest.mark.parametrize(
