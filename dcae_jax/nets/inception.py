@@ -353,13 +353,29 @@ def _conv(params: dict[str, Any], x: Array, layer: Conv) -> Float[Array, "b _ _ 
         x,
         jnp.asarray(params["kernel"]),
         window_strides=(layer.stride, layer.stride),
-        padding=[(k // 2 * layer.padded,) * 2 for k in layer.kernel],
+        padding=_padding(layer),
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         precision=_HIGHEST,
     )
+    if not layer.padded:
+        rows, columns = (
+            (n - k) // layer.stride + 1 for n, k in zip(x.shape[1:3], layer.kernel, strict=True)
+        )
+        out = out[:, :rows, :columns]
     # The mean of the input would be over more channels; both are linear.
     out = _average(out) if layer.average else out
     return jax.nn.relu(out + jnp.asarray(params["bias"]))
+
+
+def _padding(layer: Conv) -> list[tuple[int, int]]:
+    """What is added above and below, left and right.
+
+    XLA on CPU is 1.2 to 2.9 times as fast with a padding as without: one row and column are added
+    there and what comes of them is cut off.
+    """
+    if layer.padded:
+        return [(k // 2, k // 2) for k in layer.kernel]
+    return [(0, int(jax.default_backend() == "cpu"))] * 2
 
 
 def _average(x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
