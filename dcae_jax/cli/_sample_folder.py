@@ -274,29 +274,16 @@ def _read_all(out: "epath.Path", n: int) -> "Iterator[np.ndarray]":
 
 def _write_npz(job: Job) -> None:
     """samples.npz, streamed; it stands under its name once it is whole."""
-    import zipfile
-
-    import numpy as np
     from tqdm import tqdm
 
-    from dcae_jax import outputs
+    from dcae_jax.evals import npz
 
-    shape = (job.n, *_read(picture_path(job.out, 0)).shape)
-    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-    pictures = tqdm(
+    height, width, _ = _read(picture_path(job.out, 0)).shape
+    rows = tqdm(
         _read_all(job.out, job.n), total=job.n, unit="img", desc=NPZ,
         mininterval=0.2 if sys.stderr.isatty() else 30.0,
     )  # fmt: skip
-    with (
-        outputs.opened(job.out / NPZ) as file,
-        zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive,
-    ):
-        with archive.open("arr_0.npy", "w", force_zip64=True) as array:
-            np.lib.format.write_array_header_1_0(array, header)
-            for picture in pictures:
-                array.write(picture.tobytes())
-        with archive.open("arr_1.npy", "w") as array:
-            np.lib.format.write_array(array, job.labels.astype(np.int64))
+    npz.write(job.out / NPZ, {}, npz.Pictures(job.n, height, width, rows, job.labels))
 
 
 def check_decoder(job: Job, net: "Autoencoder") -> None:

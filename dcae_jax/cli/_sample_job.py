@@ -6,14 +6,12 @@ import dataclasses
 import difflib
 import enum
 import re
-from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dcae_jax.cli import _trained
 from dcae_jax.cli._trained import Model, say, weights_record
 
 if TYPE_CHECKING:
-    import jax
     import numpy as np
     from etils import epath
 
@@ -26,6 +24,7 @@ if TYPE_CHECKING:
     from dcae_jax.tasks.diffuse import DiffuseConfig
 
 _RANDOM = "random"
+_DRAWN = "random (torch.randint)"  # until 0.4 "random" were others
 _IN_TURN = "in turn"
 
 
@@ -308,7 +307,7 @@ def classes_of(text: str, model: Model) -> tuple[list[int], str]:
 
     count = min(model.run.task.model.num_classes, model.manifest.num_classes)
     if text in ("all", _RANDOM):
-        return list(range(count)), _RANDOM if text == _RANDOM else _IN_TURN
+        return list(range(count)), _DRAWN if text == _RANDOM else _IN_TURN
     names = {name.lower(): i for i, name in enumerate(model.manifest.classes)}
     found: list[int] = []
     for part in (p.strip() for p in text.split(",")):
@@ -340,23 +339,13 @@ def _numbers(part: str, names: dict[str, int], count: int) -> list[int]:
 
 def _labels(classes: list[int], order: str, n: int, seed: int) -> "np.ndarray":
     """The class of each sample; a random one is a function of (seed, index)."""
-    import jax
     import numpy as np
 
-    from dcae_jax import rng
+    from dcae_jax.evals.labels import balanced_labels, random_labels
 
-    index = np.arange(n)
-    if order == _RANDOM:
-        key = rng.key(seed, 0, "classes")
-        index = np.asarray(jax.jit(jax.vmap(partial(_drawn, key, len(classes))))(index))
-    return np.array(classes, np.int32)[index % len(classes)]
-
-
-def _drawn(key: "jax.Array", count: int, i: "jax.Array") -> "jax.Array":
-    """The i-th draw of 0..count - 1."""
-    import jax
-
-    return jax.random.randint(jax.random.fold_in(key, i), (), 0, count)
+    count = len(classes)
+    index = random_labels(n, count, seed) if order == _DRAWN else balanced_labels(n, count)
+    return np.array(classes, np.int32)[index]
 
 
 def short(value: Any) -> str:

@@ -58,8 +58,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--n", type=int, default=64, help="samples (default: 64)")
     add("--classes", default="all", metavar="LIST",
         help="numbers, ranges, names: 207,360 or 0-9,dog; sample i has class i modulo their count. "
-        "all (default): every class in turn. random: the class of each sample is drawn from all, "
-        "as in published scores of 50,000")  # fmt: skip
+        "all (default): every class in turn, so they are balanced (FID is lower by about 0.1 than "
+        "with random ones). random: the class of each sample is drawn from all by --seed, the very "
+        "classes of torch.randint on the CPU (DC-AE's evaluator: --seed 0 --n 50000)")  # fmt: skip
     add("--seed", type=int, metavar="S", help="default: that of the run")
     add("--params", choices=("ema", "raw"), default="ema", help="average (default) or raw weights")
     add("--sampler", metavar="NAME", help="see above")

@@ -31,6 +31,7 @@ from dcae_jax.diffusion.samplers import DPMFastConfig, SamplerConfig
 from dcae_jax.errors import UserError
 from dcae_jax.evals import frechet, generate
 from dcae_jax.evals.base import Report, below, is_due, variables_of
+from dcae_jax.evals.labels import balanced_labels
 from dcae_jax.generator import Generator
 from dcae_jax.report import images as pictures
 from dcae_jax.step import TrainState
@@ -121,7 +122,7 @@ class ClassScores:
         held_out = read(cfg.data, cfg.held_out, self._units)
         require_classes(held_out.labels, classes, "held_out")
         self._reference = Reference.of(held_out, classes)
-        self._labels = class_in_turn(cfg.n, classes)
+        self._labels = balanced_labels(cfg.n, classes)
 
     def run(self, state: TrainState, constants: Tree, poll: Callable[[], None]) -> Report:
         """The scores of the samples, and the picture."""
@@ -168,7 +169,7 @@ class ClassScores:
         found = {
             "accuracy": float(np.mean(self._reference.classify(samples.latents) == samples.labels)),
             "frechet": frechet.distance(
-                frechet.gaussian(_vectors(samples.latents)), self._reference.gaussian
+                frechet.gaussian(_vectors(samples.latents), ddof=0), self._reference.gaussian
             ),
             "nearest": float(distances.mean()),
             "n": float(len(samples.latents)),
@@ -242,11 +243,6 @@ def require_classes(labels: Int[np.ndarray, " n"], classes: int, field_name: str
         )
 
 
-def class_in_turn(n: int, classes: int) -> Int[np.ndarray, " n"]:
-    """The classes of n samples: 0, 1, 2, ..."""
-    return (np.arange(n) % classes).astype(np.int32)
-
-
 def _in_turn(labels: Int[np.ndarray, " n"], wanted: Int[np.ndarray, " m"]) -> Int[np.ndarray, " m"]:
     """For each wanted class the next index of that class; from the first one again at the end."""
     turns = {k: itertools.cycle(np.flatnonzero(labels == k).tolist()) for k in set(wanted.tolist())}
@@ -277,8 +273,9 @@ class Reference(NamedTuple):
         deviation = np.sqrt(np.square(pooled - means[data.labels]).mean(axis=0))
         deviation = np.maximum(deviation, np.finfo(np.float32).eps)  # a channel that never varies
         return cls(
-            data, classes, deviation, means / deviation, frechet.gaussian(_vectors(data.latents))
-        )
+            data, classes, deviation, means / deviation,
+            frechet.gaussian(_vectors(data.latents), ddof=0),
+        )  # fmt: skip
 
     def classify(self, latents: Latents) -> Int[np.ndarray, " n"]:
         """The class whose mean is nearest; of equal ones the first."""

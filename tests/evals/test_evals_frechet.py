@@ -51,10 +51,10 @@ def test_singular_covariances_and_rotations():
 
 def test_gaussian_of_rows_is_numpys():
     rows = np.random.default_rng(0).normal(3.0, 2.0, size=(50, 6)).astype(np.float32)
-    found = frechet.gaussian(rows)
+    found = frechet.gaussian(rows, ddof=0)
     assert found.covariance.dtype == np.float64
     np.testing.assert_allclose(found.mean, rows.astype(np.float64).mean(0), rtol=1e-12)
     np.testing.assert_allclose(
         found.covariance, np.cov(rows.astype(np.float64).T, bias=True), rtol=1e-10
     )
-    assert not frechet.gaussian(rows[:1]).covariance.any()
+    assert not frechet.gaussian(rows[:1], ddof=0).covariance.any()
