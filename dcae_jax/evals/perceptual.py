@@ -5,7 +5,7 @@ weights of the networks are arguments of every program and are read when the eva
 """
 
 import enum
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,7 @@ class LpipsNet(enum.Enum):
     vgg = "vgg"  # of training losses
 
 
+@runtime_checkable
 class Asked(Protocol):
     """The fields of a config that switch scores on."""
 
