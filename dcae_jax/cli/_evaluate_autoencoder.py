@@ -107,7 +107,7 @@ def _records(args: argparse.Namespace, data: "DataConfig", side: int) -> "Record
     data = copy.deepcopy(data)
     data.resolution = side
     with _options.own_options():
-        return Records(data, f"{_evaluate_job.data_name(args, data)}-{side}", args.n)
+        return Records(data, f"{_evaluate_job.data_name(data, args.data_name)}-{side}", args.n)
 
 
 # ------------------------------------------------------------------------------------ the weights

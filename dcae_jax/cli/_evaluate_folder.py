@@ -14,6 +14,7 @@ from dcae_jax.cli._trained import say
 if TYPE_CHECKING:
     from dcae_jax.cli._evaluate_job import Job
     from dcae_jax.evals.parts import Work
+    from dcae_jax.evals.scores import Evaluation
 
 FORMAT = "dcae_jax.metrics/1"
 METRICS = "metrics.json"
@@ -110,7 +111,7 @@ def finish(job: "Job", seconds: float) -> None:
 
     results = []
     for evaluation in job.evaluations:
-        parts.refuse_bad([] if job.skip_bad else _bad(job, evaluation.works()))
+        require_good(job, evaluation)
         results.append(scores.result(evaluation, job.out))
         grid = evaluation.grid(job.out, caption(results[-1]))
         if grid is None:
@@ -125,10 +126,23 @@ def finish(job: "Job", seconds: float) -> None:
         parts.remove(job.out)
 
 
-def _bad(job: "Job", works: "list[Work]") -> list[tuple[str, str]]:
-    from dcae_jax.evals.parts import Stored
+def require_good(job: "Job", evaluation: "Evaluation") -> None:
+    """UserError if there are images that could not be used, unless they may be left out."""
+    from dcae_jax.evals import parts
 
-    return [item for work in works for item in Stored(job.out, work).bad()]
+    if not job.skip_bad:
+        stored = (parts.Stored(job.out, work) for work in evaluation.works())
+        parts.refuse_bad([item for some in stored for item in some.bad()])
+
+
+def remove(job: "Job") -> None:
+    """The parts, and the record that they were of, where nothing else came of them."""
+    from dcae_jax.evals import parts
+
+    parts.remove(job.out)
+    (job.out / _RECORD).unlink()
+    if not any(job.out.iterdir()):
+        job.out.rmdir()
 
 
 def _made(seconds: float) -> dict[str, Any]:

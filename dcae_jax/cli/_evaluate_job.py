@@ -6,6 +6,8 @@ import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from dcae_jax.cli._trained import say
+
 if TYPE_CHECKING:
     import numpy as np
     from etils import epath
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
     from dcae_jax.evals import reference as reference_lib
     from dcae_jax.evals.extract import Extractor, Net
     from dcae_jax.evals.image_sets import ImageSet
-    from dcae_jax.evals.parts import Stored, Work
+    from dcae_jax.evals.parts import Compute, Stored, Work
     from dcae_jax.evals.protocol import Kind, Preset
     from dcae_jax.evals.scores import Evaluation, Reference
 
@@ -89,6 +91,7 @@ def asked(args: argparse.Namespace, kind: "Kind") -> Asked:
     mesh = sharding.make_mesh(MeshConfig(), jax.local_devices())
     if problems := _problems(args):
         raise UserError("\n".join(problems))
+    check_data_name(args)
     if args.metrics is None:
         metrics = protocol.DEFAULTS[kind]
     else:
@@ -96,7 +99,7 @@ def asked(args: argparse.Namespace, kind: "Kind") -> Asked:
     nets = {n: extract.find_net(n, args.nets) for n in sorted(protocol.nets_of(metrics))}
     preset = protocol.PRESETS[args.protocol]
     return Asked(
-        kind, metrics, preset, nets, _reference(args, metrics, preset), mesh,
+        kind, metrics, preset, nets, _reference(args, metrics, preset, nets), mesh,
         _batch(args, mesh), checkpoint.absolute(args.out),
     )  # fmt: skip
 
@@ -149,11 +152,13 @@ def slug(*words: str) -> str:
     return "-".join(dict.fromkeys(parts))
 
 
-def data_name(args: argparse.Namespace, data: "DataConfig") -> str:
-    """What scores call the data: --data-name, or source and split."""
+def data_name(data: "DataConfig", given: str | None) -> str:
+    """What scores call the data: --data-name, or source and split (a folder names its own)."""
     from dcae_jax.data import pipeline
+    from dcae_jax.data.sources import FolderConfig
 
-    return args.data_name or slug(pipeline.open_source(data).name, data.split)
+    plain = isinstance(data.source, FolderConfig) and not data.source.holdout
+    return given or slug(pipeline.open_source(data).name, *[data.split] * (not plain))
 
 
 def evenly(n: int) -> tuple[int, ...]:
@@ -166,28 +171,81 @@ def evenly(n: int) -> tuple[int, ...]:
 
 
 def _reference(
-    args: argparse.Namespace, metrics: tuple[str, ...], preset: "Preset"
+    args: argparse.Namespace, metrics: tuple[str, ...], preset: "Preset", nets: "dict[str, Net]"
 ) -> "reference_lib.Reference | None":
     """The statistics of --reference; UserError if they do not have what the metrics need."""
     from dcae_jax.errors import UserError
     from dcae_jax.evals import protocol, reference
 
-    if args.reference is None:
+    named = reference_file(args)
+    if named is None:
         return None
-    found = reference.read(args.reference)
+    if not any(protocol.METRICS[m].reference for m in metrics):
+        raise UserError(f"{named} is for FID and its like; --metrics {args.metrics} has none")
+    found = reference.read(named, pool=nets["inception"].pool)
     for metric in metrics:
         about = protocol.METRICS[metric]
         if about.reference and getattr(found, about.reference) is None and found.images is None:
-            raise UserError(f"--reference {args.reference} has no {_STATISTICS[about.reference]}")
+            raise UserError(f"reference {named} has no {_STATISTICS[about.reference]}")
         if about.whole and found.images is None:
             raise UserError(
-                f"{metric} needs the images of a reference, --reference {args.reference} has "
-                "statistics only: leave it out of --metrics, or give ADM's reference batch"
+                f"{metric} needs the images of a reference, and {named} has statistics only: leave "
+                "it out of --metrics, or give ADM's reference batch"
             )
+    _check_protocol(found, preset, nets)
     return found
 
 
+def reference_file(args: argparse.Namespace) -> str | None:
+    """--reference, or --against where that is an npz: the same thing."""
+    from dcae_jax.errors import UserError
+
+    against = args.against if args.against and args.against.endswith(".npz") else None
+    if args.reference and args.against:
+        raise UserError("--reference and --against both name what is compared with; give one")
+    return args.reference or against
+
+
+def _check_protocol(
+    found: "reference_lib.Reference", preset: "Preset", nets: "dict[str, Net]"
+) -> None:
+    """UserError if the statistics were made by another network or resize, where they say it."""
+    from dcae_jax.cli._sample_job import short
+    from dcae_jax.errors import UserError
+
+    if not found.protocol:
+        if found.spatial is not None and preset.name != "adm":
+            say(
+                f"note: {found.name} has mu_s, as ADM's reference batches do, whose resize is "
+                f"another than that of --protocol {preset.name}: --protocol adm fits them"
+            )
+        return
+    mine = {
+        "resize.features": preset.features.value, "nets.inception": nets["inception"].sha256
+    }  # fmt: skip
+    for field, value in mine.items():
+        first, second = field.split(".")
+        if (theirs := found.protocol[first][second]) != value:
+            raise UserError(
+                f"the reference {found.name} was made with {field} = {short(theirs)}, not "
+                f"{short(value)}: give the --protocol or --nets that it was made with, or write it "
+                "anew (--write-reference)"
+            )
+
+
 _STATISTICS = {"pool": "mu and sigma, which FID needs", "spatial": "mu_s and sigma_s (sFID's)"}
+
+
+def check_data_name(args: argparse.Namespace) -> None:
+    """UserError if --data-name cannot stand in the name of a score."""
+    import re
+
+    from dcae_jax.errors import UserError
+
+    if args.data_name is not None and not re.fullmatch(r"[\w.+-]+", args.data_name):
+        raise UserError(
+            f"--data-name {args.data_name!r} must be letters, digits and ._+-, as in imagenet-val"
+        )
 
 
 def check_side(asked: Asked, side: int) -> None:
@@ -214,14 +272,31 @@ def reference(asked: Asked, images: "ImageSet", work: "Work", prefix: str) -> "R
 
     `prefix`: of the names of the reference's features in `work`; `images`: where these come from.
     """
-    from dcae_jax.evals import frechet, scores
+    from dcae_jax.evals import frechet, protocol, scores
 
     given = asked.reference
     if given is None:
         return scores.Reference(images.name, images.digest, work=work, prefix=prefix)
     gaussians = {name: getattr(given, name) for name in ("pool", "spatial")}
     known: dict[str, frechet.Gaussian] = {k: v for k, v in gaussians.items() if v is not None}
-    return scores.Reference(given.name, given.digest, known, given.n, None, "")
+    needed = {
+        about.reference for about in map(protocol.METRICS.__getitem__, asked.metrics)
+        if about.reference and (about.whole or about.reference not in known)
+    }  # fmt: skip
+    other = _work_of_reference(asked, images.side, needed) if needed else None
+    return scores.Reference(given.name, given.digest, known, given.n, other)
+
+
+def _work_of_reference(asked: Asked, side: int, needed: set[str]) -> "Work":
+    """Features of the images in the file of a reference."""
+    from dcae_jax.evals.image_sets import NpzImages
+    from dcae_jax.evals.parts import Work
+
+    given = asked.reference
+    images = NpzImages(given.images, given.name, given.digest, side)
+    return Work(
+        "reference", (images,), asked.batch, lambda: features(asked, needed), numbers(needed)
+    )
 
 
 def about(asked: Asked, images: "ImageSet", reference: "Reference") -> dict[str, Any]:
@@ -232,6 +307,8 @@ def about(asked: Asked, images: "ImageSet", reference: "Reference") -> dict[str,
     found: dict[str, Any] = {"preset": asked.preset.name, "resolution": images.side}
     if asked.reference_arrays():
         found |= {"reference": reference.name, "reference_digest": reference.digest}
+        other = reference.work.n if reference.n is None and reference.work else reference.n
+        found |= {} if other is None else {"reference_n": other}
     resize = {}
     if asked.reference_arrays():
         resize["features"] = asked.preset.features.value
@@ -256,7 +333,20 @@ def numbers(arrays: "set[str]") -> int:
     return sum(_NUMBERS.get(name, 1) for name in arrays)
 
 
-def triples(stored: "Stored", caption: str) -> "np.ndarray | None":
+def features(asked: Asked, wanted: set[str]) -> "Compute":
+    """Features of images as they are."""
+    from dcae_jax import sharding
+
+    extractor = asked.extractor
+
+    def run(batches: "list[Batch]") -> dict[str, Any]:
+        images = sharding.put_batch({"x": batches[0].image}, asked.mesh)["x"]
+        return extractor.features(images, wanted)
+
+    return run
+
+
+def triples(stored: "Stored", caption: str, first_is_original: bool = True) -> "np.ndarray | None":
     """The grid of originals, what was made of them, and the errors; None if there is no picture.
 
     Pictures are scaled after the error was taken.
@@ -268,7 +358,8 @@ def triples(stored: "Stored", caption: str) -> "np.ndarray | None":
     if not names:
         return None
     rows, labels = [], []
-    for name, (original, made) in zip(names, shown, strict=True):
+    for name, pair in zip(names, shown, strict=True):
+        original, made = pair if first_is_original else pair[::-1]
         rows.append(reconstruct.cells(original, made))
         labels.append(f"{reconstruct.short_name(name)}\n{pictures.psnr(original, made)}")
     return pictures.grid(rows, columns=reconstruct.COLUMNS, labels=labels, caption=caption)

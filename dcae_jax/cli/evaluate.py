@@ -68,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     add("--write-reference", metavar="NPZ", help="write the statistics of --images, no scores")
     add("--metrics", metavar="LIST", help=f"of {_METRICS}; default: psnr,ssim,lpips,rfid and "
-        "latent-rms of an autoencoder, fid and kid of two sets")  # fmt: skip
+        "latent-rms of an autoencoder, fid of two sets")  # fmt: skip
     add("--protocol", choices=("dcae", "adm"), default="dcae", help="see above")
     add("--resolution", metavar="R", help="of the centre crops, one or several: 256,512; default: "
         "that of the data; --images: 256 for an autoencoder, else as they are")  # fmt: skip
@@ -107,18 +107,27 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
         _compute(job)
         distributed.barrier("features computed")
         if distributed.is_main():
-            _evaluate_folder.finish(job, time.monotonic() - begin)
+            _finish(job, time.monotonic() - begin)
         distributed.barrier("finished")
 
 
 def _job(args: argparse.Namespace, overrides: list[str]) -> "Job":
     """What is asked for, by the kind of what is evaluated."""
     from dcae_jax import checkpoint
-    from dcae_jax.cli import _evaluate_autoencoder
+    from dcae_jax.cli import _evaluate_autoencoder, _evaluate_images
     from dcae_jax.errors import UserError
 
+    if not (args.out or args.write_reference):
+        raise UserError("--out DIR is missing: the folder for the scores")
     if args.source is None:
-        raise UserError("give --from, or --images with --against or --reference")
+        if args.images is None:
+            raise UserError("nothing to evaluate: give --from, or --images with --against")
+        if overrides:
+            raise UserError("--config is for --from; sets of images are folders or npz files")
+        kind = _evaluate_images.reference_job if args.write_reference else _evaluate_images.job
+        return kind(args)
+    if args.against or args.write_reference:
+        raise UserError("--against and --write-reference are for --images alone, without --from")
     path = checkpoint.absolute(args.source)
     meta = checkpoint.source_meta(args.source, "--from") if checkpoint.has_steps(path) else None
     return _evaluate_autoencoder.job(args, overrides, meta)
@@ -155,6 +164,15 @@ def _compute(job: "Job") -> None:
     with _bar(images) as bar:
         for work, those in mine:
             parts.compute(job.out, work, those, job.skip_bad, bar.update)
+
+
+def _finish(job: "Job", seconds: float) -> None:
+    from dcae_jax.cli import _evaluate_images
+
+    if job.write_reference is None:
+        _evaluate_folder.finish(job, seconds)
+    else:
+        _evaluate_images.write_reference(job)
 
 
 def _missing(job: "Job", work: "Work") -> list[int]:

@@ -36,6 +36,7 @@ class Net(NamedTuple):
     path: epath.Path
     sha256: str  # of its parameters
     doubt: str | None  # why its scores compare with nobody's; None: they do
+    pool: int  # features of Inception; 0 of other networks
 
 
 FILES = {"inception": inception.NAME, "lpips": "lpips-alex"}  # names of the weights files
@@ -47,7 +48,8 @@ def find_net(name: str, folder: str | None) -> Net:
     if folder is not None:
         path = epath.Path(folder).expanduser() / path.name
     info = weights.info(FILES[name], path)
-    return Net(path, info["params_sha256"], weights.doubt(info))
+    pool = inception.pool_of(info) if name == "inception" else 0
+    return Net(path, info["params_sha256"], weights.doubt(info), pool)
 
 
 def smallest(metrics: Collection[str]) -> dict[str, int]:

@@ -64,7 +64,7 @@ FID_NAMES = {Kind.autoencoder: "rfid", Kind.generation: "gfid", Kind.images: "fi
 DEFAULTS = {
     Kind.autoencoder: ("psnr", "ssim", "lpips", "fid", "latent-rms"),
     Kind.generation: ("fid", "is"),
-    Kind.images: ("fid", "kid"),
+    Kind.images: ("fid",),
 }
 
 
@@ -175,6 +175,7 @@ _FEATURES = frozenset(("fid", "sfid", "kid", "precision", "recall"))
 # Fields of a protocol that matter to some metrics alone; the others matter to all.
 _MATTERS = {
     "reference_digest": _FEATURES,
+    "reference_n": _FEATURES,
     "resize.features": _FEATURES,
     "resize.is": frozenset(("is",)),
     "nets.inception": _FEATURES | {"is"},

@@ -187,8 +187,9 @@ def result(evaluation: Evaluation, out: epath.Path) -> dict[str, Any]:
 def _entry(
     evaluation: Evaluation, metric: str, score: Score, n: int, out: epath.Path
 ) -> dict[str, Any]:
-    reference, other = evaluation.reference, evaluation.reference.n
-    if reference.work not in (None, evaluation.work):
+    reference = evaluation.reference
+    other = reference.n
+    if protocol.METRICS[metric].reference not in reference.gaussians and reference.work is not None:
         other = reference.work.n - len(Stored(out, reference.work).bad())
     standing = protocol.standing(metric, n, other, evaluation.doubts)
     finite = math.isfinite(score.value)
