@@ -284,16 +284,8 @@ def default_path() -> epath.Path:
 
 def load(path: epath.PathLike | None = None) -> Params:
     """Parameters (float32 numpy) from `path` or the default path; a narrow file says that it is."""
-    return weights.load(NAME, path, abstract_params(_divisor(info(path))))
-
-
-def _divisor(metadata: Mapping[str, str]) -> int:
-    return int(metadata.get("divisor", "1"))
-
-
-def pool_of(metadata: Mapping[str, str]) -> int:
-    """How many features `pool` has with these weights."""
-    return abstract_params(_divisor(metadata))["fc"]["kernel"].shape[0]
+    divisor = int(info(path).get("divisor", "1"))
+    return weights.load(NAME, path, abstract_params(divisor))
 
 
 def info(path: epath.PathLike | None = None) -> dict[str, str]:
