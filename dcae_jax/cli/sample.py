@@ -63,23 +63,10 @@ def _parser() -> argparse.ArgumentParser:
         "classes of torch.randint on the CPU (DC-AE's evaluator: --seed 0 --n 50000)")  # fmt: skip
     add("--seed", type=int, metavar="S", help="default: that of the run")
     add("--params", choices=("ema", "raw"), default="ema", help="average (default) or raw weights")
-    add("--sampler", metavar="NAME", help="see above")
-    add("--steps", type=int, metavar="N", help="of the sampler; more are finer and slower")
-    add("--sampler-option", action="append", default=[], metavar="NAME=VALUE",
-        help="another option of the sampler, e.g. eta=1 or rtol=1e-4; may be repeated")  # fmt: skip
-    add("--cfg", type=float, metavar="SCALE", help="guidance scale; 1 is off, and half of the cost")
-    add("--cfg-interval", type=float, nargs=2, metavar=("START", "STOP"),
-        help="guided where START <= t <= STOP; 0 is data, 1 is noise")  # fmt: skip
-    add("--cfg-channels", type=int, metavar="K",
-        help="guide only the first K channels (the original DiT: 3); 0: all")  # fmt: skip
-    add("--weak", metavar="RUN",
-        help="autoguidance: away from this weaker model of the same latents (an earlier step "
-        "directory, a smaller network) instead of away from no class")  # fmt: skip
+    _sample_job.add_sampling(parser)
     add("--batch", type=int, metavar="B",
         help=f"samples at once on a process's devices (default: {A_DEVICE} on each)")  # fmt: skip
     add("--dtype", choices=("float32", "bfloat16"),
         help="of activations of network and decoder; default: that of their configs")  # fmt: skip
-    add("--autoencoder", metavar="AE",
-        help=f"decodes; default: that of the latents. {_options.FROM}")  # fmt: skip
     add("--npz", action="store_true", help=f"also OUT/{_sample_folder.NPZ}")
     return parser

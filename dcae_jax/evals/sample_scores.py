@@ -61,7 +61,7 @@ from dcae_jax.tasks.base import Task, Variables
 from dcae_jax.tasks.diffuse import DiffuseTask
 from dcae_jax.tree import Tree
 
-Rows = dict[str, Float[np.ndarray, "n _"]]  # features of images, by the names of extract.py
+Rows = dict[str, Float[np.ndarray, "_ _"]]  # features of images, by the names of extract.py
 Image = UInt8[np.ndarray, "h w 3"]
 
 
@@ -169,8 +169,6 @@ class SampleScores:
         self._compared = {protocol.METRICS[name].reference for name in asked} - {""}
         generate.check_sampler(cfg.name, cfg.sampler, task.cfg.process)
         self._file = extract.find_net("inception", cfg.nets or None)
-        self._about_net = weights.info(inception.NAME, self._file.path)
-        self._divisor = int(self._about_net.get("divisor", "1"))
         manifest = run.data.manifest()
         self._net = generate.decoder(cfg.autoencoder, manifest, mesh)
         self._given = self._statistics(self._net.cfg.factor * manifest.shape[0])
@@ -217,7 +215,8 @@ class SampleScores:
         if found is None:
             return Report(dict.fromkeys(self.cfg.metrics(), float("nan")) | n, {})
         mine, images = found
-        scores = self._scores(mine, self._theirs) | n
+        scores = compare(self._asked, mine, self._theirs)
+        scores = {score_names.named(k, self.cfg.n): v for k, v in scores.items()} | n
         return Report(scores, self._grid(indices, images, scores, int(jax.device_get(state.step))))
 
     # -------------------------------------------------------------------------------- the samples
@@ -258,7 +257,7 @@ class SampleScores:
         if not self._compared:
             return None
         if cfg.reference:
-            found = references.read(cfg.reference, pool=protocol.POOL // self._divisor)
+            found = references.read(cfg.reference, pool=self._file.pool)
             if why := _unfit(found, self._asked, side):
                 raise UserError(f"evals: reference {cfg.reference} of {cfg.name} {why}")
             return found
@@ -310,26 +309,7 @@ class SampleScores:
             batch = sharding.put_batch({"image": rows[mine]}, self._mesh)
             yield Images(batch["image"], np.arange(self._batch) < len(found))
 
-    # --------------------------------------------------------------------------------- the numbers
-
-    def _scores(self, mine: Rows, theirs: Theirs) -> dict[str, float]:
-        found: dict[str, float] = {}
-        for name in self._asked:
-            array = protocol.METRICS[name].reference
-            match name:
-                case "fid" | "sfid":
-                    found[name] = frechet.distance(
-                        frechet.gaussian(mine[array]), theirs.gaussians[array]
-                    )
-                case "kid":
-                    found[name] = kid.kid(mine[array], theirs.rows[array]).mean
-                case "is":
-                    found[name] = inception_score.inception_score(mine["logits"]).mean
-                case _ if name not in found:  # both at once
-                    with jax.set_mesh(None):  # on this process's own device
-                        both = precision_recall.precision_recall(mine[array], theirs.rows[array])
-                    found |= both._asdict()
-        return {score_names.named(name, self.cfg.n): found[name] for name in self._asked}
+    # -------------------------------------------------------------------------------- the picture
 
     def _shown(self) -> list[Int[np.ndarray, " k"]]:
         """Indices of the samples in each row of the grid."""
@@ -366,6 +346,26 @@ def _unfit(reference: references.Reference, asked: list[str], side: int) -> str:
     if reference.resolution not in (None, side):
         return f"is of images of {reference.resolution} px, but samples have {side}"
     return ""
+
+
+def compare(asked: list[str], mine: Rows, theirs: Theirs) -> dict[str, float]:
+    """The scores that are asked for, by their plain names, in that order."""
+    found: dict[str, float] = {}
+    for name in asked:
+        array = protocol.METRICS[name].reference
+        match name:
+            case "fid" | "sfid":
+                gaussian = frechet.gaussian(mine[array])
+                found[name] = frechet.distance(gaussian, theirs.gaussians[array])
+            case "kid":
+                found[name] = kid.kid(mine[array], theirs.rows[array]).mean
+            case "is":
+                found[name] = inception_score.inception_score(mine["logits"]).mean
+            case _ if name not in found:  # precision and recall, both at once
+                with jax.set_mesh(None):  # each process on a device of its own
+                    both = precision_recall.precision_recall(mine[array], theirs.rows[array])
+                found |= both._asdict()
+    return {name: found[name] for name in asked}
 
 
 def _pixels(
