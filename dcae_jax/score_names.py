@@ -2,6 +2,7 @@
 
 import enum
 import re
+from collections.abc import Sequence
 
 
 class Better(enum.Enum):
@@ -13,10 +14,10 @@ class Better(enum.Enum):
 
 _COUNT = r"(\d+k?)?$"  # names of scores of sets carry how many images those have
 _DIRECTIONS = (
-    (r"psnr|ssim$|ms_ssim$|accuracy$|top\d+$|r2_", Better.higher),
+    (r"psnr|ssim(-border)?$|ms[_-]ssim$|accuracy$|top\d+$|r2_", Better.higher),
     (rf"(is|precision|recall){_COUNT}", Better.higher),
     (r"lpips(_vgg)?$|frechet$|loss|cross_entropy$|mse_", Better.lower),
-    (rf"(r?fid|sfid|kid){_COUNT}", Better.lower),
+    (rf"([rgs]?fid|kid){_COUNT}", Better.lower),
 )
 
 
@@ -25,8 +26,16 @@ def better(metric: str) -> Better | None:
     return next((way for pattern, way in _DIRECTIONS if re.match(pattern, metric)), None)
 
 
+def best(metric: str, values: Sequence[float]) -> float | None:
+    """The best of the values; None where none is better than another."""
+    way = better(metric)
+    if way is None or not values:
+        return None
+    return max(values) if way is Better.higher else min(values)
+
+
 def count(n: int) -> str:
-    """How many images, as names of scores say it: 64, 2048, 50k."""
+    """How many images, as names of scores say it: 64, 2048, 50k; "k" for whole thousands only."""
     return f"{n // 1000}k" if n >= 1000 and n % 1000 == 0 else f"{n}"
 
 

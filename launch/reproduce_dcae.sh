@@ -58,7 +58,7 @@ if [[ ! -e "$autoencoder/checkpoints" ]]; then  # no workdir yet
 fi
 part "evaluation" "$python" -m dcae_jax evaluate --from "$autoencoder" --images "$imagenet" \
   --split validation --data-name imagenet-val --protocol dcae \
-  --metrics psnr,ssim,lpips,rfid,latent-rms \
+  --metrics psnr,ssim,ssim-border,lpips,rfid,latent-rms \
   --out "$out/eval" "$@"
 part "results" "$python" -m dcae_jax results "$out/eval" --out "$out/results.html" \
   ${RELEASE:+--published "$RELEASE"}

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from dcae_jax.evals.parts import Work
     from dcae_jax.evals.scores import Evaluation
 
-FORMAT = "dcae_jax.metrics/1"
-METRICS = "metrics.json"
 _RECORD = "evaluate.json"
 _NAMES_NOTHING = ("commit",)  # of a protocol: may change while a folder is finished
 
@@ -60,11 +58,11 @@ def check(job: "Job") -> None:
     from dcae_jax import config, outputs
     from dcae_jax.data.latents import read_json
     from dcae_jax.errors import UserError
-    from dcae_jax.evals import parts
+    from dcae_jax.evals import parts, protocol
 
     new = settings(job)
     old = read_json(job.out / _RECORD)
-    started = parts.any_there(job.out) or (job.out / METRICS).exists()
+    started = parts.any_there(job.out) or (job.out / protocol.FILE).exists()
     if not (isinstance(old, dict) and old.keys() == new.keys()):
         inside = {p.name for p in job.out.iterdir()} - {_RECORD, "samples"}
         if inside:
@@ -83,8 +81,9 @@ def check(job: "Job") -> None:
 def finished(job: "Job") -> dict[str, Any] | None:
     """metrics.json of the folder, if it is there."""
     from dcae_jax.data.latents import read_json
+    from dcae_jax.evals import protocol
 
-    return read_json(job.out / METRICS)
+    return read_json(job.out / protocol.FILE)
 
 
 def check_space(job: "Job", missing: "list[tuple[Work, int]]") -> None:
@@ -106,7 +105,7 @@ def check_space(job: "Job", missing: "list[tuple[Work, int]]") -> None:
 def finish(job: "Job", seconds: float) -> None:
     """Scores, pictures, metrics.json, the table; then the parts go."""
     from dcae_jax import outputs
-    from dcae_jax.evals import parts, scores
+    from dcae_jax.evals import parts, protocol, scores
     from dcae_jax.report import images as pictures
 
     results = []
@@ -118,10 +117,10 @@ def finish(job: "Job", seconds: float) -> None:
             results[-1]["pictures"] = []
         else:
             outputs.write(job.out / evaluation.picture, pictures.to_png(grid))
-    record = {"format": FORMAT, "results": results, "made": _made(seconds)}
-    outputs.write(job.out / METRICS, json.dumps(record, indent=1).encode())
+    record = {"format": protocol.FORMAT, "results": results, "made": _made(seconds)}
+    outputs.write(job.out / protocol.FILE, json.dumps(record, indent=1).encode())
     say(table(record))
-    say(f"\nwrote {job.out / METRICS}")
+    say(f"\nwrote {job.out / protocol.FILE}")
     if not job.keep_parts:
         parts.remove(job.out)
 

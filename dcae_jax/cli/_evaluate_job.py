@@ -320,10 +320,10 @@ def about(asked: Asked, images: "ImageSet", reference: "Reference") -> dict[str,
         resize["features"] = asked.preset.features.value
     if "is" in asked.metrics:
         resize["is"] = asked.preset.score.value
+        found["is"] = str(asked.preset.splits)
     if resize:
         found["resize"] = resize
-    found |= {k: text for k, text in (("ssim", protocol.SSIM), ("lpips", protocol.LPIPS))
-              if k in asked.metrics}  # fmt: skip
+    found |= {k: text for k, text in protocol.CONVENTIONS.items() if k in asked.metrics}
     if asked.nets:
         found["nets"] = {name: net.sha256 for name, net in asked.nets.items()}
     return found | {"commit": provenance.commit()}

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from dcae_jax.cli._evaluate_job import Job
     from dcae_jax.evals.parts import Work
 
-_METRICS = "psnr,ssim,ms-ssim,lpips,rfid,sfid,kid,is,precision,recall,latent-rms"
+_METRICS = "psnr,ssim,ssim-border,ms-ssim,lpips,rfid,sfid,kid,is,precision,recall,latent-rms"
 
 
 def main(argv: list[str]) -> int:

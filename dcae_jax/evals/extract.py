@@ -2,9 +2,9 @@
 
 Names of the arrays, one row an image:
 
-    mse ssim ms_ssim lpips      of an image and its original
-    pool spatial logits         of an image: Inception's features
-    latent_square               of an autoencoder's latent: the mean of its squared numbers
+    mse ssim ssim_border ms_ssim lpips   of an image and its original
+    pool spatial logits                  of an image: Inception's features
+    latent_square                        of a latent: the mean of its squared numbers
 
 Each network is one program; its weights are arguments.  Nothing here waits for the devices.
 """
@@ -25,7 +25,7 @@ from dcae_jax.nets import inception, lpips, weights
 from dcae_jax.nets.inception import Resize
 
 LPIPS_NET = lpips.NETS["alex"]
-PAIRED = ("mse", "ssim", "ms_ssim", "lpips")
+PAIRED = ("mse", "ssim", "ssim_border", "ms_ssim", "lpips")
 POOLED = ("pool", "spatial")
 Images = UInt8[Array, "b h w 3"]
 
@@ -62,8 +62,8 @@ def _pool(name: str, info: Mapping[str, str]) -> int:
 def smallest(metrics: Collection[str]) -> dict[str, int]:
     """The side in pixels that each of these metrics needs, of those that need any."""
     known = {
-        "ssim": metrics_lib.WINDOW_SIDE, "ms-ssim": metrics_lib.MS_SSIM_LEAST,
-        "lpips": LPIPS_NET.smallest(),
+        "ssim": metrics_lib.WINDOW_SIDE, "ssim-border": metrics_lib.WINDOW_SIDE,
+        "ms-ssim": metrics_lib.MS_SSIM_LEAST, "lpips": LPIPS_NET.smallest(),
     }  # fmt: skip
     return {name: known[name] for name in metrics if name in known}
 
@@ -117,7 +117,9 @@ class Extractor:
         if "mse" in self._arrays:
             found["mse"] = metrics_lib.mse(images, originals)
         if "ssim" in self._arrays:
-            found["ssim"] = metrics_lib.ssim(images, originals, border=True)
+            found["ssim"] = metrics_lib.ssim(images, originals)
+        if "ssim_border" in self._arrays:
+            found["ssim_border"] = metrics_lib.ssim(images, originals, border=True)
         if "ms_ssim" in self._arrays:
             found["ms_ssim"] = metrics_lib.ms_ssim(images, originals)
         if "lpips" in self._arrays:

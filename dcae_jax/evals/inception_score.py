@@ -4,10 +4,35 @@ import itertools
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Float64
+from jaxtyping import Float, Float64, Int
 
 from dcae_jax.errors import UserError
 from dcae_jax.evals.frechet import require_finite
+
+
+class Splits(NamedTuple):
+    """How images are divided: torch-fidelity shuffles them into 10, ADM takes 5000 in a row."""
+
+    parts: int = 0  # equal ones; 0: by `size`
+    size: int = 0  # images of a split; the last one has what is left
+    shuffle: int | None = None  # seed; None: in their order
+
+    def __str__(self) -> str:
+        how = f"{self.parts} splits" if self.parts else f"splits of {self.size}"
+        return how + (", in order" if self.shuffle is None else f", shuffled by {self.shuffle}")
+
+    def of(self, n: int) -> list[Int[np.ndarray, " k"]]:
+        """The images of each split."""
+        order = np.arange(n)
+        if self.shuffle is not None:
+            order = np.random.RandomState(self.shuffle).permutation(n)
+        parts = self.parts or -(-n // self.size)
+        edges = [i * n // parts if self.parts else min(i * self.size, n) for i in range(parts + 1)]
+        return [order[a:b] for a, b in itertools.pairwise(edges)]
+
+
+TORCH_FIDELITY = Splits(parts=10, shuffle=2020)
+ADM = Splits(size=5000)
 
 
 class InceptionScore(NamedTuple):
@@ -18,22 +43,19 @@ class InceptionScore(NamedTuple):
 
 
 def inception_score(
-    logits: Float[np.ndarray, "n k"], *, splits: int = 10, seed: int | None = 2020
+    logits: Float[np.ndarray, "n k"], splits: Splits = TORCH_FIDELITY
 ) -> InceptionScore:
     """exp of the mean divergence of p(class | image) from its mean, over each split.
 
-    As torch-fidelity: logits without their bias, images shuffled by `seed`.  None leaves them in
-    their order, which is ADM's evaluator at 50,000 images; samples that are sorted by class get
-    a low score then, for a split holds few classes.
+    Logits are without their bias.  Samples that are sorted by class get a low score where they are
+    not shuffled, for a split holds few classes.
     """
-    n = len(logits)
-    if n < splits:
-        raise UserError(f"the Inception Score needs {splits} images or more, got {n}")
+    if len(logits) < splits.parts:
+        raise UserError(
+            f"the Inception Score needs {splits.parts} images or more, got {len(logits)}"
+        )
     require_finite(logits)
-    order = np.arange(n) if seed is None else np.random.RandomState(seed).permutation(n)
-    edges = [i * n // splits for i in range(splits + 1)]
-    parts = (order[a:b] for a, b in itertools.pairwise(edges))
-    scores = [_score(logits[part].astype(np.float64)) for part in parts]
+    scores = [_score(logits[part].astype(np.float64)) for part in splits.of(len(logits))]
     return InceptionScore(float(np.mean(scores)), float(np.std(scores)))
 
 

@@ -11,15 +11,21 @@ import math
 from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
-from dcae_jax import config
+from dcae_jax import config, score_names
 from dcae_jax.errors import UserError
+from dcae_jax.evals import inception_score
 from dcae_jax.nets.inception import Resize
 
+FORMAT = "dcae_jax.metrics/1"  # of FILE
+FILE = "metrics.json"
 POOL = 2048  # features whose covariance FID needs: singular for fewer images
 QUANTISATION = "uint8 = trunc(clamp(255 (0.5 y + 0.5) + 0.5, 0, 255)), originals too"
 CROP = "centre, halved by box filters and resized by bicubic as ADM"
-SSIM = "borders reflected and counted (torchmetrics 1.5 and later)"
-LPIPS = "AlexNet of 2 (uint8 / 255) - 1"
+CONVENTIONS = {  # of metrics
+    "ssim": "windows inside the image (torchmetrics before 1.5, scikit-image)",
+    "ssim-border": "borders reflected and counted (torchmetrics 1.5 and later)",
+    "lpips": "AlexNet of 2 (uint8 / 255) - 1",
+}
 
 
 class Kind(enum.Enum):
@@ -47,6 +53,7 @@ class Metric(NamedTuple):
 METRICS = {
     "psnr": Metric(("mse",), paired=True, digits=3),
     "ssim": Metric(("ssim",), paired=True),
+    "ssim-border": Metric(("ssim_border",), paired=True),
     "ms-ssim": Metric(("ms_ssim",), paired=True),
     "lpips": Metric(("lpips",), paired=True, net="lpips"),
     "fid": Metric(("pool",), reference="pool", net="inception", covariance=True, least=2),
@@ -82,11 +89,14 @@ class Preset(NamedTuple):
     features: Resize  # before the network of FID, sFID, KID, precision and recall
     score: Resize  # before that of IS
     labels: Labels
+    splits: inception_score.Splits  # of IS
 
 
 PRESETS = {
-    "dcae": Preset("dcae", Resize.half_pixel, Resize.tf1, Labels.random),
-    "adm": Preset("adm", Resize.tf1, Resize.tf1, Labels.balanced),
+    "dcae": Preset(
+        "dcae", Resize.half_pixel, Resize.tf1, Labels.random, inception_score.TORCH_FIDELITY
+    ),
+    "adm": Preset("adm", Resize.tf1, Resize.tf1, Labels.balanced, inception_score.ADM),
 }
 
 
@@ -131,11 +141,6 @@ def nets_of(metrics: Sequence[str]) -> set[str]:
 # ------------------------------------------------------------------------------------------- names
 
 
-def count_name(n: int) -> str:
-    """50000 -> 50k, 2048 -> 2048: "k" for whole thousands only."""
-    return f"{n // 1000}k" if n >= 1000 and n % 1000 == 0 else str(n)
-
-
 def key_of(metric: str, kind: Kind) -> str:
     """The name of a score in metrics.json: rfid, gfid or fid; else that of the metric."""
     return FID_NAMES[kind] if metric == "fid" else metric
@@ -144,7 +149,7 @@ def key_of(metric: str, kind: Kind) -> str:
 def label(metric: str, kind: Kind, n: int, reference: str) -> str:
     """A name to cite: rfid50k[imagenet-val-512].  IS has no reference."""
     behind = "" if metric == "is" else f"[{reference}]"
-    return f"{key_of(metric, kind)}{count_name(n)}{behind}"
+    return score_names.named(key_of(metric, kind), n) + behind
 
 
 class Standing(NamedTuple):
@@ -184,6 +189,8 @@ _MATTERS = {
     "nets.inception": _FEATURES | {"is"},
     "nets.lpips": frozenset(("lpips",)),
     "ssim": frozenset(("ssim",)),
+    "ssim-border": frozenset(("ssim-border",)),
+    "is": frozenset(("is",)),
     "lpips": frozenset(("lpips",)),
 }
 # Shown, and no hindrance: how the code was, and names of what has a digest.

@@ -33,10 +33,7 @@ from dcae_jax.evals import (
     extract,
     frechet,
     generate,
-    inception_score,
-    kid,
     metrics,
-    precision_recall,
     protocol,
 )
 from dcae_jax.evals import reference as references
@@ -49,6 +46,7 @@ from dcae_jax.evals.base import (
     take_data,
     variables_of,
 )
+from dcae_jax.evals.feature_scores import FeatureScores
 from dcae_jax.evals.frechet import Gaussian
 from dcae_jax.evals.labels import balanced_labels
 from dcae_jax.generator import Generator
@@ -153,11 +151,19 @@ class Images(NamedTuple):
     real: Bool[np.ndarray, " b"]
 
 
-class Theirs(NamedTuple):
-    """What samples are compared with, in features."""
+class Held(NamedTuple):
+    """A set of images by features in memory and statistics that are known: a `Side`."""
 
-    gaussians: dict[str, Gaussian]
-    rows: Rows  # where images are compared one by one
+    features: Rows
+    known: dict[str, Gaussian]
+
+    def gaussian(self, array: str) -> Gaussian:
+        """Of the features of all images."""
+        return self.known[array] if array in self.known else frechet.gaussian(self.features[array])
+
+    def rows(self, array: str) -> Float[np.ndarray, "n c"]:
+        """The features of every image."""
+        return self.features[array]
 
 
 class SampleScores:
@@ -172,9 +178,9 @@ class SampleScores:
         manifest = run.data.manifest()
         self._net = generate.decoder(cfg.autoencoder, manifest, mesh)
         self._given = self._statistics(self._net.cfg.factor * manifest.shape[0])
-        preset = protocol.PRESETS[cfg.protocol.value]
+        self._preset = protocol.PRESETS[cfg.protocol.value]
         self._extractor = extract.Extractor(
-            protocol.arrays_of(asked), preset, {"inception": self._file}, mesh
+            protocol.arrays_of(asked), self._preset, {"inception": self._file}, mesh
         )
         self._generator = Generator(
             task, cfg.sampler, cfg.guidance, mesh, seed=run.seed, whole=False
@@ -186,7 +192,7 @@ class SampleScores:
         by_row = NamedSharding(mesh, PartitionSpec(sharding.BATCH_AXES))
         self._latents = jax.jit(task.latents, out_shardings=by_row)
         self._pixels = jax.jit(_pixels, out_shardings=(by_row, sharding.replicated(mesh)))
-        self._theirs: Theirs | None = None
+        self._theirs: Held | None = None
 
     def record(self) -> dict[str, Any]:
         """The network's file, and what the samples are compared with."""
@@ -215,8 +221,10 @@ class SampleScores:
         if found is None:
             return Report(dict.fromkeys(self.cfg.metrics(), float("nan")) | n, {})
         mine, images = found
-        scores = compare(self._asked, mine, self._theirs)
-        scores = {score_names.named(k, self.cfg.n): v for k, v in scores.items()} | n
+        made = FeatureScores(Held(mine, {}), self._theirs, self._preset)
+        scores = {
+            score_names.named(name, self.cfg.n): made.score(name).value for name in self._asked
+        } | n
         return Report(scores, self._grid(indices, images, scores, int(jax.device_get(state.step))))
 
     # -------------------------------------------------------------------------------- the samples
@@ -269,7 +277,7 @@ class SampleScores:
             )
         return None
 
-    def _reference(self, constants: Tree, poll: Callable[[], None]) -> Theirs:
+    def _reference(self, constants: Tree, poll: Callable[[], None]) -> Held:
         """Statistics, and features of single images where they are needed."""
         whole = any(protocol.METRICS[name].whole for name in self._asked)
         known: dict[str, Gaussian] = {}
@@ -277,7 +285,7 @@ class SampleScores:
             given = {name: getattr(self._given, name) for name in self._compared}
             known = {name: statistics for name, statistics in given.items() if statistics}
         if not whole and self._compared <= known.keys():
-            return Theirs(known, {})
+            return Held({}, known)
         images = self._held_out(constants) if self._given is None else self._of_file()
         parts = []
         for pixels, real in images:
@@ -286,7 +294,8 @@ class SampleScores:
             poll()
         rows = _joined(parts)
         missing = self._compared - known.keys()
-        return Theirs(known | {name: frechet.gaussian(rows[name]) for name in missing}, rows)
+        known |= {name: frechet.gaussian(rows[name]) for name in missing}
+        return Held(rows if whole else {}, known)
 
     def _held_out(self, constants: Tree) -> Iterator[Images]:
         """Held-out latents, decoded."""
@@ -346,26 +355,6 @@ def _unfit(reference: references.Reference, asked: list[str], side: int) -> str:
     if reference.resolution not in (None, side):
         return f"is of images of {reference.resolution} px, but samples have {side}"
     return ""
-
-
-def compare(asked: list[str], mine: Rows, theirs: Theirs) -> dict[str, float]:
-    """The scores that are asked for, by their plain names, in that order."""
-    found: dict[str, float] = {}
-    for name in asked:
-        array = protocol.METRICS[name].reference
-        match name:
-            case "fid" | "sfid":
-                gaussian = frechet.gaussian(mine[array])
-                found[name] = frechet.distance(gaussian, theirs.gaussians[array])
-            case "kid":
-                found[name] = kid.kid(mine[array], theirs.rows[array]).mean
-            case "is":
-                found[name] = inception_score.inception_score(mine["logits"]).mean
-            case _ if name not in found:  # precision and recall, both at once
-                with jax.set_mesh(None):  # each process on a device of its own
-                    both = precision_recall.precision_recall(mine[array], theirs.rows[array])
-                found |= both._asdict()
-    return {name: found[name] for name in asked}
 
 
 def _pixels(

@@ -5,17 +5,17 @@ computed which part when.
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from etils import epath
-from jaxtyping import Float, Num, UInt8
+from jaxtyping import Float, Float64, Num, UInt8
 
 from dcae_jax.errors import UserError
-from dcae_jax.evals import frechet, inception_score, kid, metrics, precision_recall, protocol
+from dcae_jax.evals import frechet, metrics, protocol
+from dcae_jax.evals.feature_scores import FeatureScores, Score
 from dcae_jax.evals.frechet import Gaussian
 from dcae_jax.evals.parts import Stored, Work
 from dcae_jax.evals.protocol import Kind
@@ -61,13 +61,6 @@ class Evaluation:
         return f"grid-{self.name}.png"
 
 
-class Score(NamedTuple):
-    """A number, and its deviation or standard error where it has one."""
-
-    value: float
-    error: float | None = None
-
-
 def least_images(names: tuple[str, ...], n: int) -> None:
     """UserError if n images are too few for one of these metrics."""
     least = {name: protocol.METRICS[name].least for name in names}
@@ -83,59 +76,47 @@ def scores(evaluation: Evaluation, out: epath.Path) -> dict[str, Score]:
 
 
 class _Scores:
-    """What several scores need is computed once."""
+    """Scores of pairs from their numbers, the others from features."""
 
     def __init__(self, evaluation: Evaluation, out: epath.Path) -> None:
-        self._reference = evaluation.reference
-        self._mine = Stored(out, evaluation.work)
-        other = evaluation.reference.work
-        self._other = None if other is None else Stored(out, other)
+        self._mine = _Features(Stored(out, evaluation.work))
+        reference = evaluation.reference
+        other = None if reference.work is None else Stored(out, reference.work)
+        theirs = _Features(other, reference.gaussians, reference.prefix)
+        preset = protocol.PRESETS[evaluation.protocol["preset"]]
+        self._features = FeatureScores(self._mine, theirs, preset)
 
     def score(self, metric: str) -> Score:
         match metric:
             case "psnr":
-                return _mean(10 * np.log10(metrics.PEAK**2 / self._numbers("mse")))
-            case "ssim" | "ms-ssim" | "lpips":
-                return _mean(self._numbers(metric.replace("-", "_")))
+                return _mean(_psnr(self._mine.rows("mse")))
+            case "ssim" | "ssim-border" | "ms-ssim" | "lpips":
+                return _mean(self._mine.rows(metric.replace("-", "_")).astype(np.float64))
             case "latent-rms":
-                return _root(self._numbers("latent_square"))
-            case "fid" | "sfid":
-                name = protocol.METRICS[metric].reference
-                theirs = self._their_gaussian(name)
-                return Score(frechet.distance(_gaussian(self._mine, name), theirs))
-            case "kid":
-                return Score(*kid.kid(self._pool, self._their_pool))
-            case "is":
-                return Score(*inception_score.inception_score(self._mine.whole("logits")))
-            case "precision" | "recall":
-                return Score(getattr(self._both, metric))
-        raise ValueError(metric)
-
-    def _numbers(self, name: str) -> Float[np.ndarray, " n"]:
-        with np.errstate(divide="ignore"):
-            return self._mine.whole(name).astype(np.float64)
-
-    def _their_gaussian(self, name: str) -> Gaussian:
-        if name in self._reference.gaussians:
-            return self._reference.gaussians[name]
-        return _gaussian(self._other, self._reference.prefix + name)
-
-    @functools.cached_property
-    def _pool(self) -> Float[np.ndarray, "n c"]:
-        return self._mine.whole("pool")
-
-    @functools.cached_property
-    def _their_pool(self) -> Float[np.ndarray, "m c"]:
-        return self._other.whole(f"{self._reference.prefix}pool")
-
-    @functools.cached_property
-    def _both(self) -> precision_recall.PrecisionRecall:
-        return precision_recall.precision_recall(self._pool, self._their_pool)
+                return _root(self._mine.rows("latent_square").astype(np.float64))
+        return self._features.score(metric)
 
 
-def _gaussian(stored: Stored, name: str) -> Gaussian:
-    """Of the features of all images, one part in memory at a time."""
-    return moments(stored, name).gaussian()
+class _Features:
+    """What the parts hold of a set of images, or what is known of it: a `Side`."""
+
+    def __init__(
+        self, stored: Stored | None, known: dict[str, Gaussian] | None = None, prefix: str = ""
+    ) -> None:
+        self._stored, self._known, self._prefix = stored, known or {}, prefix
+        self._rows: dict[str, np.ndarray] = {}
+
+    def gaussian(self, array: str) -> Gaussian:
+        """Of the features of all images, one part in memory at a time."""
+        if array in self._known:
+            return self._known[array]
+        return moments(self._stored, self._prefix + array).gaussian()
+
+    def rows(self, array: str) -> Num[np.ndarray, "n ..."]:
+        """An array of all images."""
+        if array not in self._rows:
+            self._rows[array] = self._stored.whole(self._prefix + array)
+        return self._rows[array]
 
 
 def moments(stored: Stored, name: str) -> frechet.Moments:
@@ -145,6 +126,12 @@ def moments(stored: Stored, name: str) -> frechet.Moments:
         found = found or frechet.Moments.zeros(features.shape[1])
         found.add(features)
     return found
+
+
+def _psnr(mse: Float[np.ndarray, " n"]) -> Float64[np.ndarray, " n"]:
+    """In dB, infinite for equal images."""
+    with np.errstate(divide="ignore"):
+        return 10 * np.log10(metrics.PEAK**2 / mse.astype(np.float64))
 
 
 def _mean(values: Num[np.ndarray, " n"]) -> Score:

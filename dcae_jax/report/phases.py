@@ -227,8 +227,13 @@ def metric_name(metric: str) -> str:
 
 def heading(metric: str) -> str:
     """The same over a column of a table or over a curve: which way is better is said."""
+    return metric_name(metric) + arrow(metric)
+
+
+def arrow(metric: str) -> str:
+    """Which way is better, behind the name of a score; "" where neither is."""
     way = score_names.better(metric)
-    return metric_name(metric) + (_ARROWS[way] if way else "")
+    return _ARROWS[way] if way else ""
 
 
 def score(metric: str, value: Number | None) -> str:

@@ -8,19 +8,17 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from etils import epath
 
-from dcae_jax import config
+from dcae_jax import config, score_names
 from dcae_jax.convert import published, releases
 from dcae_jax.convert.published import Published
 from dcae_jax.errors import UserError
 from dcae_jax.evals import protocol
 
-FORMAT = "dcae_jax.metrics/1"
-FILE = "metrics.json"
 KINDS = {
     "autoencoder": "Autoencoders", "generation": "Generated images", "images": "Folders of images",
 }  # fmt: skip
@@ -104,18 +102,11 @@ class Group:
 
     def best(self, name: str) -> float | None:
         """The best of several comparable values; None without one, or where none is better."""
-        better = BETTER.get(protocol.metric_of(name))
         values = [
             s.value for r in self.results
             if (s := r.scores.get(name)) and s.comparable and s.value is not None
         ]  # fmt: skip
-        return better(values) if better and len(values) > 1 else None
-
-
-BETTER: dict[str, Callable[[Sequence[float]], float]] = {
-    "fid": min, "sfid": min, "kid": min, "lpips": min,
-    "psnr": max, "ssim": max, "ms-ssim": max, "is": max, "precision": max, "recall": max,
-}  # fmt: skip
+        return score_names.best(name, values) if len(values) > 1 else None
 
 
 def _alike(values: Sequence[Any]) -> bool:
@@ -173,8 +164,8 @@ def find(paths: Sequence[str]) -> list[Result]:
             files.setdefault(str(file.resolve()), file)
     if not files:
         raise UserError(
-            f"no {FILE} in {', '.join(map(str, paths))} or any folder below: `python -m dcae_jax "
-            "evaluate --out DIR` writes one"
+            f"no {protocol.FILE} in {', '.join(map(str, paths))} or any folder below: "
+            "`python -m dcae_jax evaluate --out DIR` writes one"
         )
     results = [result for _, file in sorted(files.items()) for result in read(file)]
     _name_rows(results)
@@ -184,7 +175,7 @@ def find(paths: Sequence[str]) -> list[Result]:
 def _below(folder: epath.Path) -> list[epath.Path]:
     found = []
     for path in sorted(folder.iterdir()):
-        if path.name == FILE:
+        if path.name == protocol.FILE:
             found.append(path)
         elif path.suffix not in _NO_FOLDERS and path.name[0] != "." and path.is_dir():
             found += _below(path)
@@ -212,12 +203,12 @@ def read(file: epath.Path) -> list[Result]:
     if not isinstance(found, str) or not found.startswith("dcae_jax.metrics/"):
         raise UserError(
             f'{file} was not written by `evaluate`: its "format" is {found!r}, expected '
-            f"{FORMAT!r}; name other folders, or move this file"
+            f"{protocol.FORMAT!r}; name other folders, or move this file"
         )
-    if found != FORMAT:
+    if found != protocol.FORMAT:
         raise UserError(
-            f"{file} has format {found}, and this version reads {FORMAT}: use the version that "
-            "wrote it, or evaluate again"
+            f"{file} has format {found}, and this version reads {protocol.FORMAT}: use the version "
+            "that wrote it, or evaluate again"
         )
     entries = record.get("results")
     if not isinstance(entries, list) or not entries:

@@ -5,9 +5,11 @@ import pytest
 from scipy.spatial.distance import cdist
 
 from dcae_jax.errors import UserError
-from dcae_jax.evals.inception_score import inception_score
+from dcae_jax.evals.inception_score import ADM, TORCH_FIDELITY, Splits, inception_score
 from dcae_jax.evals.kid import kid
 from dcae_jax.evals.precision_recall import _SIDE, precision_recall
+
+IN_ORDER = Splits(size=80)
 
 
 def features(seed: int, n: int, dim: int = 6, shift: float = 0.0) -> np.ndarray:
@@ -62,15 +64,15 @@ def test_kid_needs_as_many_images_as_a_subset_has():
 def test_inception_score_closed_forms():
     """One class each, all k equally often: k.  Always the same answer: 1."""
     sure = 50.0 * np.eye(10, dtype=np.float32)[np.arange(800) % 10]
-    found = inception_score(sure, seed=None)
+    found = inception_score(sure, IN_ORDER)
     assert found.mean == pytest.approx(10, rel=1e-9) and found.std < 1e-9
     assert 9 < inception_score(sure).mean < 9.9  # the 80 of a split are not balanced
     for one_class_a_split in (np.tile(sure[:1], (30, 1)), np.repeat(sure[:10], 80, axis=0)):
-        found = inception_score(one_class_a_split, seed=None)
+        found = inception_score(one_class_a_split, IN_ORDER)
         assert found.mean == pytest.approx(1, abs=1e-12)
     # What underflows in all images counts nothing; adding to all logits changes nothing.
     far = np.concatenate([sure, np.full((800, 1), -2000, np.float32)], axis=1)
-    assert inception_score(far + 500, seed=None).mean == pytest.approx(10, rel=1e-6)
+    assert inception_score(far + 500, IN_ORDER).mean == pytest.approx(10, rel=1e-6)
 
 
 def test_inception_score_is_its_definition():
@@ -87,6 +89,18 @@ def test_inception_score_is_its_definition():
     assert found.std == pytest.approx(np.std(scores), rel=1e-9)
     with pytest.raises(UserError, match="10 images or more, got 9"):
         inception_score(logits[:9])
+
+
+def test_splits_of_both_evaluators():
+    """torch-fidelity: ten shuffled parts; ADM: 5000 after 5000, the last with what is left."""
+    parts = TORCH_FIDELITY.of(103)
+    assert [len(p) for p in parts] == [10, 10, 10, 11, 10, 10, 11, 10, 10, 11]
+    order = np.random.RandomState(2020).permutation(103)
+    np.testing.assert_array_equal(np.concatenate(parts), order)
+    assert [(p[0], p[-1]) for p in ADM.of(12_345)] == [(0, 4999), (5000, 9999), (10_000, 12_344)]
+    assert (str(TORCH_FIDELITY), str(ADM)) == (
+        "10 splits, shuffled by 2020", "splits of 5000, in order",
+    )  # fmt: skip
 
 
 # ----------------------------------------------------------------------------- precision and recall

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 
+from dcae_jax import score_names
 from dcae_jax.errors import UserError
 from dcae_jax.evals import protocol
 from dcae_jax.evals.protocol import Kind, Labels
@@ -17,7 +18,7 @@ RESULT = {
         "n": 50_000, "preset": "dcae", "resolution": 512, "reference": "imagenet-val-512",
         "reference_digest": "a", "resize": {"features": "half_pixel", "is": "tf1"},
         "nets": {"inception": "b", "lpips": "c"}, "weights": "ema", "commit": "d",
-        "ssim": protocol.SSIM, "data": "imagenet-val-512", "data_digest": "a",
+        "ssim": protocol.CONVENTIONS["ssim"], "data": "imagenet-val-512", "data_digest": "a",
     },
 }  # fmt: skip
 
@@ -32,7 +33,7 @@ def changed(**fields: object) -> dict:
 
 def test_names_carry_n_and_the_reference() -> None:
     counts = {50_000: "50k", 10_000: "10k", 1000: "1k", 2048: "2048", 64: "64", 1500: "1500"}
-    assert {n: protocol.count_name(n) for n in counts} == counts
+    assert {n: score_names.count(n) for n in counts} == counts
     name = protocol.label("fid", Kind.autoencoder, 50_000, "imagenet-val-512")
     assert name == "rfid50k[imagenet-val-512]"
     assert protocol.label("fid", Kind.generation, 2048, "x") == "gfid2048[x]"
