@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from decimal import Decimal
 from typing import Any, NamedTuple
 
+from dcae_jax import config
+
 README = "official README"
 PAPER = "paper (arXiv 2410.10733, Table 2), as quoted by others"
 
@@ -17,7 +19,7 @@ class Published(NamedTuple):
 
     weights: str  # a key of releases.RELEASES or releases.DIFFUSION
     kind: str  # "autoencoder" or "generation", as in metrics.json
-    protocol: Mapping[str, Any]  # the fields of a protocol block that they hold for
+    protocol: Mapping[str, Any]  # the fields of a protocol block that they hold for, flat
     scores: Mapping[str, str]
     source: str
     note: str = ""
@@ -42,7 +44,10 @@ def _reconstruction(
 
 
 def _generation(weights: str, guidance: float, fid: str) -> Published:
-    protocol = {"preset": "dcae", "n": 50_000, "resolution": 512, "guidance": guidance}
+    protocol = {
+        "preset": "dcae", "n": 50_000, "resolution": 512, "labels": "random",
+        "guidance.scale": guidance,
+    }  # fmt: skip
     return Published(weights, "generation", protocol, {"gfid": fid}, README)
 
 
@@ -95,9 +100,10 @@ def of(weights: str, kind: str) -> list[Published]:
     return [p for p in PUBLISHED if p.weights == weights and p.kind == kind]
 
 
-def misses(published: Published, protocol: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+def misses(published: Published, protocol: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """{field: (ours, published)} of what keeps a protocol from being the published one."""
-    found = {name: (protocol.get(name), wanted) for name, wanted in published.protocol.items()}
+    ours = config.flatten(protocol)
+    found = {name: (ours.get(name), wanted) for name, wanted in published.protocol.items()}
     return {name: pair for name, pair in found.items() if pair[0] != pair[1]}
 
 

@@ -186,11 +186,15 @@ def _name_rows(results: Sequence[Result]) -> None:
     """Names by folder: below what all share, or the last two parts of the only one."""
     folders = {str(result.file.parent) for result in results}
     shared = os.path.commonpath(folders) if len(folders) > 1 else ""
+    files = [result.file for result in results]
     for result in results:
         path = result.file.parent
         own = os.path.relpath(path, shared) if shared else "/".join(path.parts[-2:])
-        by_size = result.name == str(result.protocol.get("resolution"))  # the table's title says it
-        result.label = (path.name if own == "." else own) + ("" if by_size else f" · {result.name}")
+        # Where the name is the size, the title of the table says it.
+        told = files.count(result.file) == 1 or result.name == str(
+            result.protocol.get("resolution")
+        )
+        result.label = (path.name if own == "." else own) + ("" if told else f" · {result.name}")
 
 
 # ------------------------------------------------------------------------------------- reading

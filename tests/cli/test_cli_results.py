@@ -1,5 +1,6 @@
 """`results` and `photos`: files, exit codes, what is said of wrong usage."""
 
+import dataclasses
 import json
 import re
 
@@ -11,6 +12,8 @@ from etils import epath
 from metrics_files import IN64, protocol, result, write
 from PIL import Image
 
+from dcae_jax import autoencoder
+from dcae_jax.cli import _evaluate_autoencoder
 from dcae_jax.data import photos, sources, transforms
 
 
@@ -42,6 +45,14 @@ def test_what_evaluate_writes_is_read_and_compared(command, workdir, tmp_path) -
     assert code == 1 and "weights: ema -> raw" in said
     code, said, _ = command("results", "--compare", tmp_path / "runs/ema", tmp_path / "runs/ema")
     assert code == 0 and said.count("+0.000") == 2
+
+
+def test_an_evaluation_says_whose_release_was_imported() -> None:
+    net = networks.in_memory()
+    origin = autoencoder.Origin(IN64, 0.2889, f"mit-han-lab/{IN64}")
+    subject = _evaluate_autoencoder._subject(dataclasses.replace(net, origin=origin), None)
+    assert (subject["release"], subject["imported"]) == (IN64, f"mit-han-lab/{IN64}")
+    assert "release" not in _evaluate_autoencoder._subject(net, None)
 
 
 def test_several_folders_and_a_place(command, tmp_path, monkeypatch) -> None:

@@ -25,6 +25,10 @@ def cells(made, row=0, section=0):
     return dict(zip(found.names, found.rows[row].cells, strict=True))
 
 
+def guided(scale):
+    return protocol(guidance={"scale": scale, "start": 0.0}, labels="random")
+
+
 def gather(*folders, weights=None):
     return results_page.sections(results.find([str(f) for f in folders]), weights)
 
@@ -34,12 +38,12 @@ def gather(*folders, weights=None):
 
 def test_files_are_found_below_folders_each_once_and_rows_are_called_by_folder(tmp_path):
     write(tmp_path / "a" / "eval", result())
-    write(tmp_path / "b", result("cfg1.5"))
+    write(tmp_path / "b", result("512"), result("other"))
     write(tmp_path / ".hidden", result())
     (tmp_path / "b" / "parts").mkdir()
     (tmp_path / "b" / "parts" / "x.npz").write_bytes(b"")
     found = results.find([str(tmp_path), str(tmp_path / "a"), str(tmp_path / "b/metrics.json")])
-    assert [r.label for r in found] == ["a/eval", "b · cfg1.5"]
+    assert [r.label for r in found] == ["a/eval", "b", "b · other"]
     assert results.find([str(tmp_path / "a")])[0].label == "a/eval"
 
 
@@ -96,10 +100,10 @@ def test_weights_of_one_kind_stand_beside_either_kind_of_a_run(tmp_path):
 
 def test_titles_tell_tables_of_the_same_data_apart(tmp_path):
     for scale in (1.0, 1.5):
-        write(tmp_path / str(scale), result(kind="generation", protocol=protocol(guidance=scale)))
+        write(tmp_path / str(scale), result(kind="generation", protocol=guided(scale)))
     assert [s.title for s in gather(tmp_path)] == [
-        "Generated images · imagenet-val-512 · 50000 images · guidance 1.0",
-        "Generated images · imagenet-val-512 · 50000 images · guidance 1.5",
+        "Generated images · imagenet-val-512 · 50000 images · guidance.scale 1.0",
+        "Generated images · imagenet-val-512 · 50000 images · guidance.scale 1.5",
     ]
 
 
@@ -224,7 +228,7 @@ def test_each_guidance_meets_its_own_published_score(tmp_path):
     name = f"{IN64}-uvit-h-in-512px"
     for scale, fid in ((1.0, 13.962), (1.5, 3.02)):
         about = {"subject": {"source": "runs/h", "release": name}, "scores": {"gfid": fid}}
-        write(tmp_path / str(scale), result(kind="generation", protocol=protocol(guidance=scale),
+        write(tmp_path / str(scale), result(kind="generation", protocol=guided(scale),
                                             **about))  # fmt: skip
     first, second = gather(tmp_path)
     assert first.beside[0].lines[0][2:] == ("13.96", "+0.002", "within rounding")
