@@ -1,7 +1,7 @@
 """FID, sFID, KID, IS, precision and recall of one set of images, whoever holds its features."""
 
 import functools
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -19,6 +19,7 @@ class Score(NamedTuple):
     error: float | None = None
 
 
+@runtime_checkable
 class Side(Protocol):
     """A set of images by its features; names are those of extract.py."""
 

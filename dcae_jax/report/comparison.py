@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from dcae_jax import score_names
 from dcae_jax.errors import UserError
 from dcae_jax.evals import protocol
 from dcae_jax.report import phases, results
