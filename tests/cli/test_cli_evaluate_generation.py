@@ -37,7 +37,7 @@ def train(tmp_path_factory) -> tuple[pathlib.Path, frechet.Gaussian]:
     pool = frechet.gaussian(np.random.default_rng(0).normal(size=(9, 128)))
     net = inception.info(frozen.folder() / "inception.safetensors")
     about = {"resize": {"features": "half_pixel"}, "nets": {"inception": net["params_sha256"]}}
-    reference.write(path, name="train-16", n=5000, resolution=SIDE, protocol=about, pool=pool)
+    reference.write(str(path), name="train-16", n=5000, resolution=SIDE, protocol=about, pool=pool)
     return path, pool
 
 

@@ -166,7 +166,7 @@ def file(tmp_path):
         shown = npz.Pictures(images, resolution, resolution, iter(rows), None) if images else None
         path = tmp_path / f"{name}.npz"
         reference.write(
-            path, name=name, n=9, resolution=resolution, protocol={}, pool=pool,
+            str(path), name=name, n=9, resolution=resolution, protocol={}, pool=pool,
             spatial=positions if spatial else None, pictures=shown,
         )  # fmt: skip
         return str(path), pool, rows
