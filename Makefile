@@ -49,10 +49,13 @@ test-all: $(READY)  ## the tests with the long versions of the promises
 parity: $(PARITY)/.ready  ## compare with PyTorch, live (OFFICIAL=FOLDER of DC-Gen: with it too)
 	PYTHONPATH=$(OFFICIAL) $(PARITY)/bin/python -m pytest tests/parity/live
 
-$(PARITY)/.ready: requirements.txt requirements-dev.txt requirements-parity.txt $(CONSTRAINTS)
+$(PARITY)/.ready: requirements.txt requirements-dev.txt requirements-parity.txt \
+		requirements-metrics.txt $(CONSTRAINTS)
 	$(PYTHON) -m venv $(PARITY)
 	$(PARITY)/bin/pip install --quiet --disable-pip-version-check -r requirements.txt \
 	  -r requirements-dev.txt -r requirements-parity.txt -c $(CONSTRAINTS)
+	$(PARITY)/bin/pip install --quiet --disable-pip-version-check --upgrade --no-deps \
+	  --target $(PARITY)/metrics -r requirements-metrics.txt
 	touch $@
 
 lint: $(READY)  ## ruff

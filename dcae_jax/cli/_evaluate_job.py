@@ -81,14 +81,10 @@ class Job:
 
 def asked(args: argparse.Namespace, kind: "Kind") -> Asked:
     """All that can be checked before data and weights are looked at; UserError if it cannot be."""
-    import jax
-
-    from dcae_jax import checkpoint, sharding
-    from dcae_jax.config import MeshConfig
+    from dcae_jax import checkpoint
     from dcae_jax.errors import UserError
     from dcae_jax.evals import extract, protocol
 
-    mesh = sharding.make_mesh(MeshConfig(), jax.local_devices())
     if problems := _problems(args):
         raise UserError("\n".join(problems))
     check_data_name(args)
@@ -97,11 +93,21 @@ def asked(args: argparse.Namespace, kind: "Kind") -> Asked:
     else:
         metrics = protocol.parse_metrics(args.metrics, kind)
     nets = {n: extract.find_net(n, args.nets) for n in sorted(protocol.nets_of(metrics))}
-    preset = protocol.PRESETS[args.protocol]
+    preset, mesh = protocol.PRESETS[args.protocol], _mesh()
     return Asked(
         kind, metrics, preset, nets, _reference(args, metrics, preset, nets), mesh,
         _batch(args, mesh), checkpoint.absolute(args.out),
     )  # fmt: skip
+
+
+def _mesh() -> "Mesh":
+    """The devices of this process: processes compute for themselves."""
+    import jax
+
+    from dcae_jax import sharding
+    from dcae_jax.config import MeshConfig
+
+    return sharding.make_mesh(MeshConfig(), jax.local_devices())
 
 
 def _problems(args: argparse.Namespace) -> list[str]:

@@ -79,17 +79,17 @@ def require_finite(features: Real[np.ndarray, "n c"]) -> None:
 
 
 def distance(a: Gaussian, b: Gaussian) -> float:
-    """|mean difference|^2 + tr(A + B - 2 (A B)^(1/2)) (Dowson and Landau 1982); never negative.
+    """|mean difference|^2 + tr(A + B - 2 (A B)^(1/2)) (Dowson and Landau 1982).
 
     With A = L L', B = M M' the trace of the root is the sum of the singular values of L'M.  Roots
-    are taken of A and B only, so where both are singular their zeros, which rounding made 1e-16,
-    count as 1e-16; in a root of A B they would count as 1e-8 each.
+    are taken of A and of B only: where both are singular, their zeros, which rounding made 1e-16,
+    count as 1e-16, and not as 1e-8 each as in a root of A B.  Equal ones may give -1e-13.
     """
     if a.mean.shape != b.mean.shape:
         raise ValueError(f"Gaussians of {a.mean.size} and {b.mean.size} numbers")
     root = np.linalg.svd(_factor(a).T @ _factor(b), compute_uv=False).sum()
     spread = np.trace(a.covariance) + np.trace(b.covariance) - 2.0 * root
-    return float(np.maximum(np.square(a.mean - b.mean).sum() + spread, 0.0))
+    return float(np.square(a.mean - b.mean).sum() + spread)
 
 
 def _factor(of: Gaussian) -> Float64[np.ndarray, "c r"]:

@@ -7,12 +7,13 @@ What is written is the same bytes for the same content, and so has the same dige
 """
 
 import contextlib
+import io
 import struct
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from etils import epath
@@ -61,7 +62,7 @@ class Npz(NamedTuple):
         with self.archive.open(f"{key}.npy") as member:
             return self._read_header(key, member)
 
-    def _read_header(self, key: str, member: IO[bytes]) -> Header:
+    def _read_header(self, key: str, member: io.BufferedIOBase) -> Header:
         reads = np.lib.format.read_array_header_1_0, np.lib.format.read_array_header_2_0
         try:
             major, _ = np.lib.format.read_magic(member)
@@ -117,7 +118,7 @@ class ImagesNpz:
     place: int | None  # of the first pixel in the file; None: compressed
     header: int  # bytes before the first pixel in its member
     _open: contextlib.ExitStack = field(default_factory=contextlib.ExitStack, repr=False)
-    _member: IO[bytes] | None = field(default=None, repr=False)
+    _member: io.BufferedIOBase | None = field(default=None, repr=False)
 
     @property
     def side(self) -> int | None:
@@ -167,7 +168,7 @@ class ImagesNpz:
             return npz.array(LABELS).astype(np.int64)
 
 
-def images(path: str | epath.Path) -> ImagesNpz:
+def images(path: epath.PathLike) -> ImagesNpz:
     """The images of a file; UserError if there are none."""
     with opened(epath.Path(path).expanduser()) as npz:
         if IMAGES not in npz.keys:
@@ -210,10 +211,13 @@ def write(
                 np.lib.format.write_array(member, np.asarray(array, order="C"), allow_pickle=False)
 
 
-def _member(archive: zipfile.ZipFile, key: str) -> IO[bytes]:
+@contextlib.contextmanager
+def _member(archive: zipfile.ZipFile, key: str) -> Iterator[io.BufferedIOBase]:
+    """A further array of an npz, to write to."""
     info = zipfile.ZipInfo(f"{key}.npy", _EPOCH)
     info.external_attr = 0o600 << 16  # what an unzipped file may be used for
-    return archive.open(info, "w", force_zip64=True)
+    with archive.open(info, "w", force_zip64=True) as member:
+        yield member
 
 
 def _write_images(archive: zipfile.ZipFile, pictures: Pictures) -> None:

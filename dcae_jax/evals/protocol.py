@@ -101,7 +101,9 @@ def parse_metrics(text: str, kind: Kind) -> tuple[str, ...]:
         plain = "fid" if name == own else name
         if plain not in known:
             shown = [own if n == "fid" else n for n in known]
-            near = difflib.get_close_matches(name, shown, 1)
+            near = (
+                [own] if name in FID_NAMES.values() else difflib.get_close_matches(name, shown, 1)
+            )
             hint = f"did you mean {near[0]}? " if near else ""
             raise UserError(
                 f"--metrics: no {name!r} of {_THINGS[kind]}; {hint}There are {', '.join(shown)}"

@@ -43,7 +43,7 @@ class Reference(NamedTuple):
     protocol: dict[str, JSONValue]  # how the statistics were made; {}: not told
 
 
-def read(path: str | epath.Path, *, pool: int = POOL, spatial: int = SPATIAL) -> Reference:
+def read(path: epath.PathLike, *, pool: int = POOL, spatial: int = SPATIAL) -> Reference:
     """The reference in a file; UserError says what is wrong with it.
 
     `pool` and `spatial` are the numbers of features that statistics must have.
@@ -115,7 +115,7 @@ def _read_own(npz: Npz) -> dict[str, JSONValue]:
 
 
 def write(
-    path: str | epath.Path, *, name: str, n: int, resolution: int,
+    path: epath.PathLike, *, name: str, n: int, resolution: int,
     protocol: dict[str, JSONValue], pool: Gaussian, spatial: Gaussian | None = None,
     pictures: Pictures | None = None,
 ) -> None:  # fmt: skip

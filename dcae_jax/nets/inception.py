@@ -241,15 +241,16 @@ def _folded(
 
 
 def random(seed: int, divisor: int = 1) -> Params:
-    """Random weights with which features differ from image to image as trained ones do."""
+    """Random weights with which features have the size of trained ones and tell images apart."""
     return from_torch(random_state(seed, divisor), divisor)
 
 
 def random_state(seed: int, divisor: int = 1) -> dict[str, np.ndarray]:
     """The same under the names of the published file, with random statistics of BatchNorm.
 
-    Kernels sum to zero and have the gain of Brock et al. 2021 (arXiv 2101.08692) for ReLU: without
-    both, the features of all images would collapse to one direction within a few blocks.
+    Kernels sum to zero and have the gain of Brock et al. 2021 (arXiv 2101.08692) for ReLU, so that
+    features keep their size through all layers and differ from image to image: PyTorch's default
+    ones shrink to 5e-7.
     """
     rng = np.random.default_rng(seed)
     state, shapes = {}, tree.flatten(abstract_params(divisor))
@@ -283,16 +284,8 @@ def default_path() -> epath.Path:
 
 def load(path: epath.PathLike | None = None) -> Params:
     """Parameters (float32 numpy) from `path` or the default path; a narrow file says that it is."""
-    return weights.load(NAME, path, abstract_params(_divisor(info(path))))
-
-
-def _divisor(metadata: Mapping[str, str]) -> int:
-    return int(metadata.get("divisor", "1"))
-
-
-def pool_of(metadata: Mapping[str, str]) -> int:
-    """How many features `pool` has with these weights."""
-    return abstract_params(_divisor(metadata))["fc"]["kernel"].shape[0]
+    divisor = int(info(path).get("divisor", "1"))
+    return weights.load(NAME, path, abstract_params(divisor))
 
 
 def info(path: epath.PathLike | None = None) -> dict[str, str]:
@@ -308,19 +301,19 @@ def features(params: Params, images: UInt8[Array, "b h w 3"], resize: Resize) ->
     return network(params, resized(images, resize))
 
 
+def resized(images: UInt8[Array, "b h w 3"], resize: Resize) -> Float[Array, "b 299 299 3"]:
+    """The input of the first layer, about [-1, 1]."""
+    x = _interpolated(_interpolated(images, 1, resize), 2, resize)
+    return x / 127.5 - 1 if resize is Resize.half_pixel else (x - 128) / 128
+
+
 def network(params: Params, x: Float[Array, "b 299 299 3"]) -> Features:
-    """The features of what `resized` gives: one program for all sizes of images."""
+    """Features of what `resized` gives."""
     x = _chained(params, x, _BELOW)
     spatial = _conv(params["Mixed_6d"][_SPATIAL.name], x, _SPATIAL)[..., :_SPATIAL_CHANNELS]
     pool = jnp.mean(_chained(params, x, _ABOVE), axis=(1, 2))
     logits = jnp.matmul(pool, params["fc"]["kernel"], precision=_HIGHEST)
     return Features(pool, spatial.reshape(len(x), -1), logits)
-
-
-def resized(images: UInt8[Array, "b h w 3"], resize: Resize) -> Float[Array, "b 299 299 3"]:
-    """The input of the first layer, about [-1, 1]."""
-    x = _interpolated(_interpolated(images, 1, resize), 2, resize)
-    return x / 127.5 - 1 if resize is Resize.half_pixel else (x - 128) / 128
 
 
 def _interpolated(x: Array, axis: int, resize: Resize) -> Array:
@@ -334,12 +327,13 @@ def _interpolated(x: Array, axis: int, resize: Resize) -> Array:
 def _positions(size: int, resize: Resize) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Both source pixels of each target pixel, and the share of the second.
 
-    In float32, as both originals compute them.
+    With the rounding of the originals: all in float32, PyTorch by a fused multiply-add.
     """
-    scale, half = np.float32(size / SIDE), np.float32(0.5)
-    at = np.arange(SIDE, dtype=np.float32)
-    at = (at + half) * scale - half if resize is Resize.half_pixel else at * scale
-    at = np.maximum(at, np.float32(0))
+    scale, at = np.float32(size / SIDE), np.arange(SIDE, dtype=np.float32)
+    if resize is Resize.half_pixel:
+        at = np.maximum((at + 0.5) * np.float64(scale) - 0.5, 0).astype(np.float32)
+    else:
+        at = at * scale
     low = np.minimum(at.astype(np.int32), size - 1)
     return low, np.minimum(low + 1, size - 1), at - low.astype(np.float32)
 

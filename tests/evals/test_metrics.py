@@ -1,4 +1,4 @@
-"""PSNR and SSIM against closed forms, torchmetrics (stored), scikit-image and a slow numpy SSIM."""
+"""PSNR, SSIM, MS-SSIM against closed forms, torchmetrics (stored), scikit-image and numpy."""
 
 import importlib.util
 import math
@@ -8,11 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.ndimage import correlate1d
 from skimage.metrics import structural_similarity
 
 from dcae_jax.evals import metrics
 
 ssim = jax.jit(metrics.ssim, static_argnames="border")
+ms_ssim = jax.jit(metrics.ms_ssim)
+# The mean over windows in float32, each of which is good to about as much.
+FLOAT32 = 2e-7
+EQUAL = 1e-6  # a sum of equal values: their rounding errors are equal too and add up
 PARITY = Path(__file__).parents[1] / "parity"
 
 
@@ -67,7 +72,7 @@ def test_mse_of_large_images_does_not_overflow() -> None:
 def test_ssim_agrees_with_torchmetrics() -> None:
     x, y = _pair(3, (3, 40, 56, 3))
     stored = np.load(PARITY / "ssim.npz")
-    # Both work in float32; E[x^2] - E[x]^2 of levels up to 255 keeps 4e-3 of c2 = 58: 1e-5.
+    # Theirs in float32: E[x^2] - E[x]^2 of levels up to 255 keeps 4e-3 of c2 = 58: 1e-5.
     np.testing.assert_allclose(ssim(x, y), stored["cropped"], atol=1e-5)
     np.testing.assert_allclose(ssim(x, y, border=True), stored["full"], atol=1e-5)
     assert abs(stored["cropped"] - stored["full"]).max() > 1e-3  # so the choice is really tested
@@ -86,7 +91,7 @@ def test_ssim_agrees_with_scikit_image() -> None:
             use_sample_covariance=False,
             data_range=255,
         )
-        assert float(found[i]) == pytest.approx(expected, abs=2e-6)  # float64 against float32
+        assert float(found[i]) == pytest.approx(expected, abs=FLOAT32)
 
 
 def _slow_ssim(x: np.ndarray, y: np.ndarray) -> float:
@@ -110,20 +115,75 @@ def _slow_ssim(x: np.ndarray, y: np.ndarray) -> float:
 def test_ssim_agrees_with_its_definition() -> None:
     x, y = _pair(6, (1, 16, 24, 3))
     assert float(ssim(x, y)[0]) == pytest.approx(
-        _slow_ssim(*map(np.asarray, (x[0], y[0]))), abs=2e-6
+        _slow_ssim(*map(np.asarray, (x[0], y[0]))), abs=FLOAT32
     )
 
 
 def test_ssim_closed_forms() -> None:
     x, _ = _pair(7, (2, 16, 16, 3))
-    np.testing.assert_allclose(ssim(x, x), 1.0, atol=1e-6)
+    np.testing.assert_array_equal(ssim(x, x), 1.0)
     a, b = (jnp.full((1, 16, 16, 3), level, jnp.uint8) for level in (50, 200))
     c1 = (0.01 * 255) ** 2
     expected = (2 * 50 * 200 + c1) / (50**2 + 200**2 + c1)  # constant images: luminance only
-    # The weights add up to 1 + 1e-7 in float32: a variance of 1e-3 instead of 0, against c2 = 58.
-    np.testing.assert_allclose(ssim(a, b), expected, rtol=5e-5)
+    np.testing.assert_allclose(ssim(a, b), expected, rtol=EQUAL)
     with pytest.raises(ValueError, match="11 px"):
         ssim(a[:, :8], b[:, :8])
+
+
+def test_ssim_is_exact_where_images_are_flat() -> None:
+    """On white, E[x^2] - E[x]^2 in float32 would be off by 3e-5."""
+    x = np.full((1, 24, 40, 3), 255, np.uint8)
+    y = x - np.random.default_rng(0).integers(0, 4, x.shape, dtype=np.uint8)
+    assert float(ssim(x, y)[0]) == pytest.approx(_slow_ssim(x[0], y[0]), abs=FLOAT32)
+
+
+def _similarity(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(luminance, contrast) of the windows around all pixels, mirrored at the border; float64."""
+    one = np.exp(-0.5 * (np.arange(-5, 6) / 1.5) ** 2)
+
+    def mean(v: np.ndarray) -> np.ndarray:
+        for axis in (0, 1):
+            v = correlate1d(v, one / one.sum(), axis=axis, mode="mirror")
+        return v
+
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    ma, mb = mean(a), mean(b)
+    va, vb, cov = mean(a * a) - ma**2, mean(b * b) - mb**2, mean(a * b) - ma * mb
+    return (2 * ma * mb + c1) / (ma**2 + mb**2 + c1), (2 * cov + c2) / (va + vb + c2)
+
+
+def _slow_ms_ssim(x: np.ndarray, y: np.ndarray) -> float:
+    a, b, found = x.astype(np.float64), y.astype(np.float64), 1.0
+    for scale, weight in enumerate((0.0448, 0.2856, 0.3001, 0.2363, 0.1333)):
+        luminance, contrast = _similarity(a, b)
+        inner = contrast[5:-5, 5:-5].mean() if scale < 4 else (luminance * contrast).mean()
+        found *= max(inner, 0.0) ** weight
+        h, w = (side // 2 for side in a.shape[:2])
+        a, b = (v[: 2 * h, : 2 * w].reshape(h, 2, w, 2, 3).mean((1, 3)) for v in (a, b))
+    return float(found)
+
+
+def test_ms_ssim_agrees_with_its_definition() -> None:
+    x, y = (v[:, :177, :190] for v in _pair(9, (2, 184, 192, 3)))  # 177 -> 88 -> 44 -> 22 -> 11
+    found = ms_ssim(x, y)
+    expected = [_slow_ms_ssim(*map(np.asarray, pair)) for pair in zip(x, y, strict=True)]
+    # Five factors; a power multiplies the relative error by its weight, and these add up to 1.
+    np.testing.assert_allclose(found, expected, rtol=2 * FLOAT32)
+    assert np.abs(found - ssim(x, y)).max() > 1e-2
+
+
+def test_ms_ssim_closed_forms() -> None:
+    x = _pair(10, (2, 184, 192, 3))[0][:, :177, :190]
+    np.testing.assert_array_equal(ms_ssim(x, x), 1.0)
+    a, b = (jnp.full_like(x, level) for level in (50, 200))
+    c1 = (0.01 * 255) ** 2
+    luminance = (2 * 50 * 200 + c1) / (50**2 + 200**2 + c1)  # of the last scale alone
+    np.testing.assert_allclose(ms_ssim(a, b), luminance**0.1333, rtol=EQUAL)
+    assert not ms_ssim(x, 255 - x).any(), (
+        "where structure is reversed, it is 0, not a complex power"
+    )
+    with pytest.raises(ValueError, match="176 px"):
+        ms_ssim(x[:, :, :175], x[:, :, :175])
 
 
 def test_masked_rows_leave_no_trace() -> None:
@@ -138,7 +198,7 @@ def test_rows_are_independent_and_nothing_recompiles() -> None:
         first, again = both(x, y), both(y, x)
     assert both._cache_size() == 1
     for a, b in zip(first, again, strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5)  # both are symmetric, to rounding
+        np.testing.assert_array_equal(a, b)  # both are symmetric
     shuffled = both(x[::-1], y[::-1])
     for a, b in zip(first, shuffled, strict=True):
         np.testing.assert_array_equal(a[::-1], b)

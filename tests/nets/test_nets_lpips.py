@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from dcae_jax.errors import UserError
-from dcae_jax.nets import lpips
+from dcae_jax.nets import lpips, weights
 
 PARITY = Path(__file__).parents[1] / "parity"
 
@@ -134,80 +134,55 @@ def test_full_vgg16_is_the_published_network() -> None:
     assert taps == [3, 8, 15, 22, 29]  # relu1_2, 2_2, 3_3, 4_3, 5_3 in torchvision's numbering
 
 
-def test_a_table_of_layers_is_enough_for_alexnet() -> None:
-    """torchvision numbers AlexNet's convolutions 0, 3, 6, 8, 10."""
-    layers = (
-        lpips.Conv(64, 11, 4, 2, tap=True),
-        lpips.Pool(3, 2),
-        lpips.Conv(192, 5, 1, 2, tap=True),
-        lpips.Pool(3, 2),
-        lpips.Conv(384, tap=True),
-        lpips.Conv(256, tap=True),
-        lpips.Conv(256, tap=True),
-    )
-    alexnet = lpips.Net("alexnet", layers)
-    assert [index for index, _, _ in alexnet.convs()] == [0, 3, 6, 8, 10]
-    shapes = lpips.abstract_params(alexnet)
-    image = jax.ShapeDtypeStruct((2, 64, 64, 3), jnp.float32)
-    out = jax.eval_shape(lambda p, x: lpips.lpips(p, x, x, net=alexnet), shapes, image)
-    assert out.shape == (2,)
+def test_full_alexnet_is_the_published_network() -> None:
+    leaves = jax.tree.leaves(lpips.abstract_params(lpips.ALEXNET))
+    assert sum(leaf.size for leaf in leaves) == 2_469_696 + 64 + 192 + 384 + 256 + 256
+    assert [index for index, _, _ in lpips.ALEXNET.convs()] == [0, 3, 6, 8, 10]
+    assert all(conv.tap for _, _, conv in lpips.ALEXNET.convs())
 
 
-def test_too_small_images_are_named(params, net) -> None:
-    x = jnp.zeros((1, 8, 8, 3))
-    with pytest.raises(UserError, match="16 px"):
-        lpips.lpips(params, x, x, net=net)
+def test_alexnet_agrees_with_the_lpips_package(maker, pair) -> None:
+    alexnet = lpips.alexnet(maker.WIDTHS)
+    params = lpips.from_torch(maker.alex_state(0), maker.head_state(1), alexnet)
+    distance = jax.jit(functools.partial(lpips.lpips, net=alexnet))(params, *pair)
+    stored = np.load(PARITY / "lpips_alex.npz")["total"]
+    np.testing.assert_allclose(distance, stored, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("net", "side"), [(lpips.VGG16, 16), (lpips.ALEXNET, 31)])
+def test_too_small_images_are_named(net, side) -> None:
+    def run(side: int) -> jax.ShapeDtypeStruct:
+        x = jax.ShapeDtypeStruct((1, side, 64, 3), jnp.float32)
+        run = functools.partial(lpips.lpips, net=net)
+        return jax.eval_shape(run, lpips.abstract_params(net), x, x)
+
+    assert run(side).shape == (1,)
+    with pytest.raises(UserError, match=f"{net.name} needs images of {side} px"):
+        run(side - 1)
 
 
 # --- files
 
 
-def test_save_and_load_are_the_identity(tmp_path, params, net) -> None:
-    path = tmp_path / "a folder" / "w.safetensors"
-    written = lpips.save(path, params, {"vgg_sha256": "abc"})
-    jax.tree.map(np.testing.assert_array_equal, lpips.load(path, net), params)
-    assert lpips.info(path) == written
-    assert written["vgg_sha256"] == "abc" and len(written["params_sha256"]) == 64
-
-
-def test_a_missing_file_names_the_one_command(tmp_path, monkeypatch) -> None:
+def test_files_of_both_networks(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("DCAE_JAX_NETS", str(tmp_path))
-    assert str(lpips.default_path()) == str(tmp_path / "lpips_vgg.safetensors")
-    with pytest.raises(UserError, match=r"python -m dcae_jax import-net lpips"):
+    for name, make in (("alex", lpips.alexnet), ("vgg", lpips.vgg16)):
+        net = make((4, 4, 6, 6, 8))
+        params = lpips.random(3, net)
+        place = lpips.default_path(net)
+        assert str(place) == str(tmp_path / f"lpips_{name}.safetensors")
+        with pytest.raises(UserError, match=rf"import-net lpips-{name}"):
+            lpips.load(net=net)
+        written = weights.save(place, net.name, params, {"published": "no"})
+        jax.tree.map(np.testing.assert_array_equal, lpips.load(net=net), params)
+        assert lpips.info(net=net) == written
+    with pytest.raises(UserError, match=r"conv_0/bias has shape \(4,\), expected \(64,\)"):
         lpips.load()
-    with pytest.raises(UserError, match=r"nowhere\.safetensors.*import-net lpips"):
-        lpips.load(tmp_path / "nowhere.safetensors")
+    with pytest.raises(UserError, match="holds lpips-alex, expected lpips-vgg"):
+        lpips.load(lpips.default_path(lpips.ALEXNET))
 
 
-def test_default_path_is_the_users_cache(monkeypatch) -> None:
-    monkeypatch.delenv("DCAE_JAX_NETS", raising=False)
-    monkeypatch.setenv("HOME", "/home/someone")
-    assert str(lpips.default_path()) == "/home/someone/.cache/dcae_jax/nets/lpips_vgg.safetensors"
-
-
-def test_a_flipped_bit_is_found(tmp_path, params, net) -> None:
-    path = tmp_path / "w.safetensors"
-    lpips.save(path, params, {})
-    data = bytearray(path.read_bytes())
-    data[-100] ^= 1
-    path.write_bytes(bytes(data))
-    with pytest.raises(UserError, match="damaged"):
-        lpips.load(path, net)
-
-
-@pytest.mark.parametrize("content", [b"", b"not a file", b"\xff" * 64])
-def test_another_kind_of_file_is_named(tmp_path, content) -> None:
-    path = tmp_path / "w.safetensors"
-    path.write_bytes(content)
-    with pytest.raises(UserError, match="no safetensors file"):
-        lpips.load(path)
-
-
-def test_wrong_widths_and_names_are_named(tmp_path, maker, params, net) -> None:
-    path = tmp_path / "w.safetensors"
-    lpips.save(path, params, {})
-    with pytest.raises(UserError, match=r"conv_0/kernel has shape .* expected \(3, 3, 3, 64\)"):
-        lpips.load(path)
+def test_wrong_tensors_are_named(maker, net) -> None:
     state = maker.vgg_state(0)
     del state["features.12.bias"]
     with pytest.raises(UserError, match=r"features\.12\.bias is missing"):

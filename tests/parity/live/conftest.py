@@ -19,7 +19,10 @@ except ModuleNotFoundError:
     pytest.exit("tests/parity/live compares with PyTorch, which is not here; run `make parity`", 4)
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import metric_packages
 from original import relative_error
+
+metric_packages.prepare()
 
 jax.config.update("jax_default_matmul_precision", "highest")
 torch.set_num_threads(min(4, os.cpu_count() or 1))
