@@ -60,7 +60,7 @@ from dcae_jax.tasks.diffuse import DiffuseTask
 from dcae_jax.tree import Tree
 
 Rows = dict[str, Float[np.ndarray, "_ _"]]  # features of images, by the names of extract.py
-Image = UInt8[np.ndarray, "h w 3"]
+Image = UInt8[np.ndarray, "_ _ 3"]
 
 
 class Score(enum.Enum):

@@ -4,7 +4,7 @@ import itertools
 import json
 
 import diffusing
-import frozen
+import frozen_nets
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,7 +31,7 @@ def make(**changes):
     values = {"scores": ALL, "n": N, "held_out": HELD_OUT, "batch": 4, "pictures": 2} | changes
     scores = SampleScoresConfig(
         data=LatentDataConfig(split="test", threads=1), sampler=DPM2MConfig(steps=3),
-        nets=str(frozen.folder()), **values,
+        nets=str(frozen_nets.folder()), **values,
     )  # fmt: skip
     return diffusing.make(evals=[scores])
 
@@ -166,7 +166,7 @@ def file(tmp_path):
         shown = npz.Pictures(images, resolution, resolution, iter(rows), None) if images else None
         path = tmp_path / f"{name}.npz"
         reference.write(
-            path, name=name, n=9, resolution=resolution, protocol={}, pool=pool,
+            str(path), name=name, n=9, resolution=resolution, protocol={}, pool=pool,
             spatial=positions if spatial else None, pictures=shown,
         )  # fmt: skip
         return str(path), pool, rows
