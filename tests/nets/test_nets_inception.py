@@ -108,6 +108,18 @@ def test_features_do_not_depend_on_the_batch(maker, params, network) -> None:
         np.testing.assert_allclose(one[0] / scale, both[1] / scale, atol=1e-5)
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("side", [8, 9])
+def test_unpadded_convolutions_are_the_same_on_all_devices(monkeypatch, stride, side) -> None:
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(1, side, side + 2, 3)), jnp.float32)
+    params = {"kernel": rng.normal(size=(3, 3, 3, 4)).astype(np.float32), "bias": np.ones(4)}
+    layer = inception.Conv("it", 4, (3, 3), stride=stride, padded=False)
+    on_cpu = inception._conv(params, x, layer)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    np.testing.assert_allclose(inception._conv(params, x, layer), on_cpu, atol=1e-5)
+
+
 def test_params_are_arguments_not_constants(params) -> None:
     images = jnp.zeros((1, 64, 64, 3), jnp.uint8)
     run = functools.partial(inception.features, resize=Resize.tf1)
