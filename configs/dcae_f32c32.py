@@ -5,7 +5,9 @@ Command:   launch/three_phases.sh configs/dcae_f32c32.py gs://BUCKET/f32c32
 Hardware:  8 x H100 or H200, or a TPU v5p-16 and larger; --dry_run tells the memory of each device
 Cost:      not yet run.  The FLOPs of a step are printed by --dry_run
 Expected:  not yet run.  The paper's autoencoder is at its results table (README)
-Metric:    PSNR and SSIM on ImageNet validation at 256 and 1024 px (no rFID yet)
+Metric:    PSNR and SSIM on ImageNet validation at 256 and 1024 px; rFID of 2048 images at 256 px
+           and LPIPS with --config.evals[0].rfid=True --config.evals[0].lpips=alex (after
+           `import-net inception` and `import-net lpips-alex`)
 
 What the paper states and what is chosen here: see dcae_jax/recipes.py.  Needs LPIPS
 (`python -m dcae_jax import-net lpips-vgg`) and imagenet2012 prepared as ArrayRecord: by TFDS

@@ -6,13 +6,17 @@ Hardware:  8 x H100 or H200 for h and 2b; s trains on one device
 Cost:      not yet run.  Forward FLOPs of `curriculum` on h,f32: 0.59 of UViT-H's
 Expected:  not yet run, and nothing is published on it.  UViT-H on f32 with the same optimizer
            (configs/paper_uvit.py): FID 9.83 without, 2.53 with guidance
-Metric:    the validation loss by time and grids of fixed classes; the error of masked tokens
+Metric:    the validation loss by time and grids of fixed classes; the error of masked tokens;
+           FID if it is asked for
 
 The argument is SIZE,LATENT,RECIPE: s, h or 2b; f32, f64 or f8; and a recipe of
 dcae_jax/mask_recipes.py: channels (not of f8), curriculum, diffusion, lmd, mae, maskdit, maskdm,
 microdit, tread.  `channels` is for latents of configs/dcae_f64c128.py:structured.
 Latents are made once, as for configs/paper_uvit.py.  Weights of a UViT start a run:
 --config.init_from=DIR.
+With `,fid` behind the argument FID and Inception Score of 10,000 samples too, to the decoded
+validation latents or to --config.evals[2].reference=NPZ (README, "During training"); needs
+`python -m dcae_jax import-net inception`.
 
 Stated by others: UViT's optimizer, process and EMA (configs/paper_uvit.py); the mask ratios, their
 schedules and the weights of the losses of LMD (arXiv 2312.07971), MAE (2111.06377), MaskDiT
@@ -34,7 +38,9 @@ SIZES = {"s": md_uvit.md_uvit_s, "h": md_uvit.md_uvit_h, "2b": md_uvit.md_uvit_2
 
 def get_config(arg: str = "h,f32,curriculum") -> RunConfig:
     """The run of SIZE,LATENT,RECIPE."""
+    arg, fid = diffusion_recipes.asked_fid(arg)
     size, latent, name = mask_recipes.choose(arg, SIZES)
     recipe = mask_recipes.RECIPES[name]()
     model = SIZES[size](**diffusion_recipes.LATENTS[latent], **recipe.model)
-    return mask_recipes.run(model, f"MD-UViT-{size.upper()} {latent} {name}", recipe)
+    run = mask_recipes.run(model, f"MD-UViT-{size.upper()} {latent} {name}", recipe)
+    return diffusion_recipes.with_fid(run) if fid else run

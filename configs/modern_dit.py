@@ -5,7 +5,7 @@ Command:   python main.py --config=configs/modern_dit.py:xl,f32 --workdir=gs://B
 Hardware:  8 x H100 or H200 for xl; s trains on one device
 Cost:      not yet run.  The FLOPs of an image are printed by --dry_run
 Expected:  not yet run.  The published DiT-XL on f32 (configs/paper_dit.py): FID 2.84
-Metric:    the validation loss by time and grids of fixed classes
+Metric:    the validation loss by time and grids of fixed classes; FID if it is asked for
 
 The argument is SIZE,LATENT or SIZE,LATENT,online: s, b, l or xl, and f32, f64, f128 or f8 (latents
 of 512-px images).  Latents are made once, with their mirror images: `python -m dcae_jax
@@ -14,6 +14,9 @@ cache-latents --from mit-han-lab/dc-ae-f32c32-in-1.0 --flips
 `online` nothing is cached: each step encodes its images (ImageNet by TFDS,
 --config.data.images.source.data_dir=DIR) with the release of that latent, or with
 --config.data.autoencoder=AE.
+With `,fid` behind the argument FID and Inception Score of 10,000 samples too, to the decoded
+validation latents or to --config.evals[2].reference=NPZ (README, "During training"); needs
+`python -m dcae_jax import-net inception`.
 
 A flow with velocity, logit-normal times and a shift; DiT with rotary positions, SwiGLU and
 RMS-normalised queries and keys; each channel of the latent normalised by its own mean and deviation
@@ -38,6 +41,8 @@ SIZES = {"s": dit.sit_s, "b": dit.sit_b, "l": dit.sit_l, "xl": dit.sit_xl}
 
 def get_config(arg: str = "xl,f32") -> RunConfig:
     """The run of SIZE,LATENT or SIZE,LATENT,online."""
+    arg, fid = recipes.asked_fid(arg)
     size, latent, online = recipes.choose_modern(arg, SIZES)
     model = SIZES[size](**recipes.modern_fields(latent), position=dit.Position.rope)
-    return recipes.modern(model, f"modern DiT-{size.upper()} {latent}", latent, online)
+    run = recipes.modern(model, f"modern DiT-{size.upper()} {latent}", latent, online)
+    return recipes.with_fid(run) if fid else run

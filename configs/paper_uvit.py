@@ -8,12 +8,15 @@ Expected:  not yet run.  The paper's FID without / with guidance (1.5): S f8 51.
            46.12 / 18.08, f64 67.30 / 35.96; H f8 11.04 / 3.55, f32 9.83 / 2.53, f64 13.96 / 3.01;
            2B f8 9.73 / not stated, f32 8.13 / 2.30, f64 7.78 / 2.47.  With 2000k steps: H f64
            12.26 / 2.66, 2B f64 6.50 / 2.25
-Metric:    the validation loss by time and grids of fixed classes (no FID yet)
+Metric:    the validation loss by time and grids of fixed classes; FID if it is asked for
 
 The argument is SIZE,LATENT: s, h or 2b, and f32, f64 or f8.  Latents are made once: `python -m
 dcae_jax cache-latents --from mit-han-lab/dc-ae-f64c128-in-1.0
 --config=configs/modern_dit.py:s,f64,online --out DIR`, then the same with --split validation; f8
 are SD-VAE's (stabilityai/sd-vae-ft-mse), in patches of 2.  The longer runs: --config.steps=2000000.
+With `,fid` behind the argument FID and Inception Score of 10,000 samples too, to the decoded
+validation latents or to --config.evals[2].reference=NPZ (README, "During training"); needs
+`python -m dcae_jax import-net inception`.
 
 Stated by the authors (their recipe files): AdamW 2e-4, weight decay 0.03 on all parameters, betas
 0.99 and 0.99, warm-up of 5000 steps, then constant, batch 1024, 500k steps, EMA 0.9999 with
@@ -32,5 +35,7 @@ SIZES = {"s": uvit.uvit_s, "h": uvit.uvit_h, "2b": uvit.uvit_2b}
 
 def get_config(arg: str = "h,f64") -> RunConfig:
     """The run of SIZE,LATENT."""
+    arg, fid = recipes.asked_fid(arg)
     size, latent = recipes.choose(arg, SIZES, recipes.LATENTS)
-    return recipes.uvit(SIZES[size](**recipes.LATENTS[latent]), f"UViT-{size.upper()} {latent}")
+    run = recipes.uvit(SIZES[size](**recipes.LATENTS[latent]), f"UViT-{size.upper()} {latent}")
+    return recipes.with_fid(run) if fid else run

@@ -10,11 +10,12 @@ import contextlib
 import hashlib
 import json
 import logging as stdlib_logging
+import math
 import re
 import shutil
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -392,6 +393,31 @@ class _Manager(ocp.CheckpointManager):
         return False
 
 
+class Best(NamedTuple):
+    """The step with the best score so far, and that score."""
+
+    metric: str
+    step: int
+    value: float
+
+    def to_json(self) -> dict[str, JSONValue]:
+        """For the meta of a step and for the summary."""
+        return self._asdict()
+
+
+class _One:
+    """Preserves the step that is named at the moment (one of Orbax's preservation policies).
+
+    Orbax's own BestN takes the scores that were saved with a step: it knows none of a step that was
+    saved before it was scored, fails where steps have scores by another name, and sorts NaN.
+    """
+
+    step: int | None = None
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        return [c.step == self.step for c in checkpoints]
+
+
 class Checkpoints:
     """The checkpoints of one workdir: asynchronous saving, retention, newest valid step."""
 
@@ -399,6 +425,8 @@ class Checkpoints:
         self.folder = epath.Path(workdir) / "checkpoints"
         self._damaged = epath.Path(workdir) / "checkpoints_damaged"
         self._cfg = cfg
+        self._kept = _One()
+        self.best: Best | None = None  # by the metric of the config, of the steps on disk
         logging.get_absl_logger().addFilter(_once)
         self._manager = self._open()
         self._last: int | None = None  # step that was saved or restored last, the newest there is
@@ -409,16 +437,9 @@ class Checkpoints:
         if cfg.keep_every:
             keep.append(policies.EveryNSteps(cfg.keep_every))
         if cfg.best:
-            keep.append(
-                policies.BestN(
-                    get_metric_fn=lambda m: m[cfg.best], reverse=not cfg.best_is_highest, n=1,
-                    keep_checkpoints_without_metrics=False,
-                )
-            )  # fmt: skip
+            keep.append(self._kept)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policies.AnyPreservationPolicy(keep),
-            # Without it Orbax does not store the metrics, and a later start forgets the best.
-            best_fn=(lambda m: m[cfg.best]) if cfg.best else None,
             cleanup_tmp_directories=True,
             enable_async_checkpointing=True,
         )
@@ -428,7 +449,46 @@ class Checkpoints:
         """All steps on disk, oldest first."""
         return _steps(self.folder)
 
-    def save(self, state: TrainState, meta: Meta, metrics: dict[str, float] | None = None) -> None:
+    def scored(self, step: int, scores: dict[str, float]) -> bool:
+        """Whether the scores of a step are the best so far; if so it is kept from now on.
+
+        The step need not be saved yet, but must be next.  What is not finite is never the best.
+        """
+        if not self._cfg.best or self._cfg.best not in scores:
+            return False
+        # All processes do what the first one measured: theirs may round differently.
+        value = distributed.from_main(scores[self._cfg.best])
+        found = self._better(self.best, Best(self._cfg.best, step, value))
+        changed, self.best = found is not self.best, found
+        self._kept.step = None if found is None else found.step
+        return changed
+
+    def _better(self, old: Best | None, new: Best) -> Best | None:
+        """The better one; of equal ones the older."""
+        if not math.isfinite(new.value):
+            return old
+        sign = 1 if self._cfg.best_is_highest else -1
+        return new if old is None or sign * new.value > sign * old.value else old
+
+    def _recall(self, newest: Meta) -> None:
+        """The best of the steps on disk: the newest one's meta names it, and each has its own.
+
+        Its own: the config may name another metric than before.
+        """
+        name, steps = self._cfg.best, self.steps()
+        found = [newest["best"]] if newest.get("best") else []
+        for step in steps if name else []:
+            with contextlib.suppress(DamagedCheckpoint):
+                meta = read_meta(self.folder, step)
+                if meta.get("evaluated_at") == step and name in meta["scores"]:
+                    found.append(Best(name, step, meta["scores"][name]).to_json())
+        self.best = None
+        for each in found:
+            if each["metric"] == name and each["step"] in steps:
+                self.best = self._better(self.best, Best(**each))
+        self._kept.step = None if self.best is None else self.best.step
+
+    def save(self, state: TrainState, meta: Meta) -> None:
         """Starts to write a step; returns when the state may be donated again.
 
         `meta` is stored beside the leaves; raises UserError when an earlier write failed.
@@ -440,13 +500,11 @@ class Checkpoints:
         meta = {**meta, "step": step, "leaves": {k: leaf_table(v) for k, v in items.items()}}
         meta["sha256"] = _seal(meta)
         args = {k: ocp.args.StandardSave(v) for k, v in items.items()}
-        best = {k: v for k, v in (metrics or {}).items() if k == self._cfg.best}
         try:
             # Forced: otherwise Orbax leaves out, without a word, a step below its newest one.
             self._manager.save(
-                step, args=ocp.args.Composite(meta=ocp.args.JsonSave(meta), **args),
-                metrics=best or None, force=True,
-            )  # fmt: skip
+                step, args=ocp.args.Composite(meta=ocp.args.JsonSave(meta), **args), force=True
+            )
         except Exception as e:
             raise self._write_error(step, e) from e
         self._last = step
@@ -481,6 +539,7 @@ class Checkpoints:
             state, meta = self._try(step, target)
             if state is not None:
                 self._set_aside(damaged)
+                self._recall(meta)
                 self._last = step
                 return state, meta
             damaged.append(step)

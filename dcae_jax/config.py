@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from dcae_jax import score_names
 from dcae_jax.errors import UserError
 
 JSONValue = Any
@@ -203,7 +204,9 @@ class CheckpointConfig:
     every: int = 1000  # steps
     keep: int = 3  # newest ones
     keep_every: int = 0  # and each multiple of this many steps; 0: none
-    best: str = ""  # and the best by this metric (e.g. "photos-128-test/psnr"); "": none
+    # and the best by this metric, saved whenever it gets better; "": none.  For example
+    # "photos-128-test/psnr", or with best_is_highest=False "photos-128-test/rfid64"
+    best: str = ""
     best_is_highest: bool = True
 
     def problems(self) -> list[str]:
@@ -213,6 +216,12 @@ class CheckpointConfig:
             found.append(f"checkpoint.every = {self.every}; at least 1")
         if self.keep < 1:
             found.append(f"checkpoint.keep = {self.keep}; at least 1, or nothing could be resumed")
+        way = score_names.better(self.best.rsplit("/", 1)[-1])
+        if way is not None and (way is score_names.Better.higher) != self.best_is_highest:
+            found.append(
+                f"checkpoint.best_is_highest = {self.best_is_highest}, but of checkpoint.best = "
+                f"{self.best!r} the {way.value} one is better; set {not self.best_is_highest}"
+            )
         return found
 
 
@@ -264,11 +273,11 @@ class RunConfig:
             found.append(f"report.every = {self.report.every}; the smallest is 1")
         if self.seed < 0:
             found.append(f"seed = {self.seed} is negative; choose one from 0 on")
-        scores = [f"{e.name}/{metric}" for e in self.evals for metric in e.metrics()]
-        if self.checkpoint.best and self.checkpoint.best not in scores:
+        known = [f"{e.name}/{metric}" for e in self.evals for metric in e.metrics()]
+        if self.checkpoint.best and self.checkpoint.best not in known:
             found.append(
                 f"checkpoint.best = {self.checkpoint.best!r} is no metric of an evaluator; there "
-                f"are {', '.join(scores) or 'none'}"
+                f"are {', '.join(known) or 'none'}"
             )
         if self.task is None:
             found.append("task is not set; a config names what is trained, e.g. AutoencodeConfig()")

@@ -4,6 +4,7 @@ Source of the published: the recipe files of the official repository (efficientv
 found is in `modern`.  Each config's header says what is stated and what is chosen here.
 """
 
+import copy
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -31,6 +32,7 @@ from dcae_jax.diffusion.samplers import (
 )
 from dcae_jax.errors import UserError
 from dcae_jax.evals.generate import GenerateConfig
+from dcae_jax.evals.sample_scores import SampleScoresConfig, Score
 from dcae_jax.evals.val_loss import ValLossConfig
 from dcae_jax.models.dit import DiTConfig
 from dcae_jax.models.transformer import MLPKind
@@ -65,6 +67,29 @@ def choose(arg: str, sizes: Iterable[str], latents: Iterable[str]) -> tuple[str,
             f"{', '.join(latents)}"
         )
     return size, latent
+
+
+def asked_fid(arg: str) -> tuple[str, bool]:
+    """(the argument of a config without ",fid" at its end, whether that was there)."""
+    base = arg.removesuffix(",fid")
+    return base, base != arg
+
+
+def with_fid(run: RunConfig) -> RunConfig:
+    """The run with FID and Inception Score of 10,000 samples, drawn as its grids; returns `run`.
+
+    To the decoded held-out latents, until `reference` of the evaluator names a file.
+    """
+    if not any(isinstance(e, GenerateConfig) for e in run.evals):
+        raise UserError(f"{run.name}: nothing is sampled in this run; leave ,fid out")
+    loss, grids = run.evals[:2]
+    scores = SampleScoresConfig(
+        scores=(Score.fid, Score.inception), n=10_000, held_out=10_000, batch=256, every=100_000,
+        data=copy.deepcopy(loss.data), sampler=copy.deepcopy(grids.sampler),
+        guidance=copy.deepcopy(grids.guidance),
+    )  # fmt: skip
+    run.evals.insert(2, scores)
+    return run
 
 
 def uvit(model: UViTConfig, name: str) -> RunConfig:

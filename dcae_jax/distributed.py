@@ -87,6 +87,12 @@ def total(local: UInt64[np.ndarray, " n"]) -> UInt64[np.ndarray, " n"]:
     return (high << np.uint64(32)) + low
 
 
+def from_main(value: float) -> float:
+    """The first process's value on all of them, bit by bit."""
+    bits = np.array([value], np.float64).view(np.uint64)
+    return float(total(bits if is_main() else 0 * bits).view(np.float64)[0])
+
+
 def leave(code: int) -> int:
     """The way out after a failure: `code`, or no return at all where other processes wait for us.
 

@@ -37,6 +37,7 @@ from dcae_jax.config import InitWeights, NonFinite, RunConfig
 from dcae_jax.data import pipeline
 from dcae_jax.data.latents import LatentDataConfig
 from dcae_jax.errors import UserError
+from dcae_jax.evals import base as evals_base
 from dcae_jax.report import flops, html, phases, progress, writers
 from dcae_jax.step import TrainState
 from dcae_jax.tasks.base import Extends, Task, Trims
@@ -65,7 +66,7 @@ class Run:
     batches: pipeline.BatchIterator
     programs: programs.Programs
     data: str  # fingerprint of the records
-    record: dict[str, Any]  # what the task keeps in every checkpoint
+    record: dict[str, Any]  # what task and evaluators keep in every checkpoint
     evaluated_at: int = -1  # steps after which the evaluators last ran to the end
     saved_at: float = field(default_factory=time.monotonic)
     scores: dict[str, float] = field(default_factory=dict)  # of the last evaluation
@@ -147,18 +148,19 @@ def evaluate(cfg: RunConfig, source: str, preemption: distributed.Preemption) ->
         task = cfg.task.build(cfg)
         state, weights = _trained(cfg, source, mesh, task)
         constants = jax.device_put(task.constants(training=False), sharding.replicated(mesh))
+        evaluators = {e.name: e.build(cfg, task, mesh) for e in cfg.evals}  # they look for files
         reports = {}
-        for e in cfg.evals:
-            evaluator = e.build(cfg, task, mesh)
+        for name, evaluator in evaluators.items():
             try:
-                reports[e.name] = _report(
-                    e.name, evaluator, state, constants, preemption.check, weights.step
+                reports[name] = _report(
+                    name, evaluator, state, constants, preemption.check, weights.step
                 )
             except distributed.Preempted:
                 say("evaluation stopped; nothing was written, the same command starts it again")
                 return distributed.EXIT_PREEMPTED
         if distributed.is_main():
-            _write_scores(cfg, workdir / "eval", weights, reports)
+            record = evals_base.records(evaluators)
+            _write_scores(cfg, workdir / "eval", weights, reports, record)
     return DONE
 
 
@@ -190,8 +192,9 @@ def _trained(
 
 
 def _write_scores(
-    cfg: RunConfig, folder: epath.Path, weights: checkpoint.Weights, reports: dict[str, Any]
-) -> None:
+    cfg: RunConfig, folder: epath.Path, weights: checkpoint.Weights, reports: dict[str, Any],
+    files: dict[str, Any],
+) -> None:  # fmt: skip
     """The scores with what they depend on, under a name of their own, and the pictures."""
     folder.mkdir(parents=True, exist_ok=True)
     record = {
@@ -201,6 +204,7 @@ def _write_scores(
         "weights": weights.source,
         "step": weights.step,
         "training_data": weights.meta["data"],
+        **files,
         **{k: v for k, v in provenance.meta(cfg, "").items() if k != "data"},
     }
     protocol = json.dumps(record["config"], sort_keys=True)
@@ -230,9 +234,10 @@ def _start(
         autoencoder.require_current(cfg.data.manifest())
     constants = jax.device_put(task.constants(training=True), sharding.replicated(mesh))
     evaluators = {e.name: e.build(cfg, task, mesh) for e in cfg.evals}  # they look at their data
+    record = task.record() | evals_base.records(evaluators)
     checkpoints = checkpoint.Checkpoints(workdir, cfg.checkpoint)
     state, shardings, meta = _weights(cfg, workdir, mesh, task, checkpoints)
-    provenance.write(workdir, cfg, data, task.record())
+    provenance.write(workdir, cfg, data, record)
     first = int(jax.device_get(state.step))
     for line in describe_optimizers(task, state.params):
         say(line)
@@ -257,7 +262,7 @@ def _start(
             # Checkpoints of older versions do not have it.
             carried=meta["programs"] if "programs" in meta else (),
         ),
-        data=data, record=task.record(),
+        data=data, record=record,
     )  # fmt: skip
     if meta:
         run.scores, run.evaluated_at = meta["scores"], meta["evaluated_at"]
@@ -380,9 +385,9 @@ def _loop(run: Run) -> int:
                 _log(run, k, pending[:-1])
                 del pending[:-1]
             if done < cfg.steps:
-                _evaluate(run, done)
-            if done % cfg.checkpoint.every == 0 and done < cfg.steps:
-                _save(run)
+                best = _evaluate(run, done)
+                if best or done % cfg.checkpoint.every == 0:
+                    _save(run)
             run.preemption.check()
         if pending and not _healthy(run, pending[-1], cfg.steps - 1):
             return _stop(run, pending[-1], cfg.steps - 1)
@@ -542,11 +547,12 @@ def _write(run: Run, done: int, scalars: dict[str, float], images: Any = None) -
         writer.flush()
 
 
-def _evaluate(run: Run, done: int) -> None:
-    """Runs the evaluators that are due after `done` steps."""
+def _evaluate(run: Run, done: int) -> bool:
+    """Runs the evaluators that are due after `done` steps; whether that step is the best so far."""
     due = [e.name for e in run.cfg.evals if e.due(done, run.cfg.steps)]
     if not due:
-        return
+        return False
+    scores: dict[str, float] = {}
     jax.block_until_ready(run.state)
     with run.clock.pause("eval"):
         for name in due:
@@ -554,9 +560,10 @@ def _evaluate(run: Run, done: int) -> None:
                 name, run.evaluators[name], run.state, run.constants, run.preemption.check, done
             )
             scalars = {f"{name}/{k}": v for k, v in report.scalars.items()}
-            run.scores |= scalars
+            scores |= scalars
             _write(run, done, scalars, report.images)
-    run.evaluated_at = done
+    run.evaluated_at, run.scores = done, scores
+    return run.checkpoints.scored(done, scores)
 
 
 def _report(
@@ -575,12 +582,13 @@ def _save(run: Run, wait: bool = False) -> None:
     """Starts a checkpoint; the clock's totals go into it."""
     with run.clock.pause("checkpoint"):
         rows = [{k: float(v) for k, v in row.items()} for row in jax.device_get(run.pending)]
+        best = run.checkpoints.best
         meta = provenance.meta(run.cfg, run.data) | run.record | {
             "clock": run.clock.totals(), "programs": run.programs.totals(), "scores": run.scores,
             "evaluated_at": run.evaluated_at, "pending": rows, "bad_steps": run.bad_steps,
+            "best": best.to_json() if best else None,
         }  # fmt: skip
-        fresh = run.evaluated_at == run.step()
-        run.checkpoints.save(run.state, meta, run.scores if fresh else None)
+        run.checkpoints.save(run.state, meta)
         if wait:
             run.checkpoints.wait()
     run.saved_at = time.monotonic()
@@ -599,9 +607,14 @@ def _finish(run: Run) -> None:
     if distributed.is_main():
         totals, programs_run = run.clock.totals(), run.programs.summary()
         totals |= {"programs": programs_run} if programs_run else {}
+        best = run.checkpoints.best
+        totals |= {"best": best.to_json()} if best else {}
         provenance.write_summary(run.workdir, run.cfg, run.task, totals, baselines)
         html.build_report([run.workdir], run.workdir / "report.html")
         say("\n".join([phases.end_table([run.workdir]), *run.programs.table()]))
+        if best:
+            path = run.checkpoints.folder / str(best.step)
+            say(f"best {best.metric}: {best.value:.4g} at step {best.step}: {path}")
         say(f"report: {run.workdir / 'report.html'}")
 
 

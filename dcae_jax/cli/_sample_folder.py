@@ -75,6 +75,22 @@ def there(job: Job) -> "np.ndarray":
     return distributed.total(mask) > 0
 
 
+def finished(out: "epath.Path", option: str) -> dict[str, Any]:
+    """sample.json of a folder whose samples are all there; UserError for any other folder."""
+    from dcae_jax.data.latents import read_json
+    from dcae_jax.errors import UserError
+
+    record = read_json(out / _RECORD)
+    if not (isinstance(record, dict) and _OURS <= record.keys()):
+        raise UserError(f"{option} {out} has no whole {_RECORD}: give a folder of `sample`")
+    if lost := set(range(record["n"])) - set(_present(out)):
+        raise UserError(
+            f"{option} {out} lacks {len(lost)} of its {record['n']} samples, the first is number "
+            f"{min(lost)}; run the command that began it again: it draws what is missing"
+        )
+    return record
+
+
 def _present(out: "epath.Path") -> list[int]:
     """Numbers of the pictures in the folder, from one listing."""
     folder = out / "images"
@@ -100,7 +116,7 @@ def _whole(out: "epath.Path", present: list[int]) -> list[int]:
         return [i for i, whole in zip(present, pool.map(ends, present), strict=True) if whole]
 
 
-def _settings(job: Job) -> dict[str, Any]:
+def settings(job: Job) -> dict[str, Any]:
     """What decides the pictures; a folder is continued only with the same."""
     from dcae_jax import config
     from dcae_jax.models.layers import Dtype
@@ -133,7 +149,7 @@ def _old_record(job: Job, present: list[int]) -> dict[str, Any] | None:
         return None
     if not present:
         return old  # a start without a picture binds nobody
-    new = _settings(job)
+    new = settings(job)
     changes = config.diff({k: old[k] for k in new if k in old}, new)
     if changes:
         parts = dict.fromkeys(re.split(r"[.\[]", k)[0] for k in changes)
@@ -165,7 +181,7 @@ def write_record(job: Job, decoder: str | None, done: dict[str, Any] | None = No
 
     sources = {m.option: m.source for m in (job.model, job.weak) if m is not None}
     record = {
-        **_settings(job), "decoder": decoder, "n": job.n,
+        **settings(job), "decoder": decoder, "n": job.n,
         "made": {
             "from": sources, "command": sys.argv, "time": _now(),
             "versions": provenance.versions(), "commit": provenance.commit(),
@@ -212,7 +228,7 @@ def _grid(job: Job) -> "np.ndarray":
 
     rows = _rows(job.labels)
     names = [_names(job, row) for row in rows]
-    shown = [[_read(picture_path(job.out, i)) for i in row] for row in rows]
+    shown = [[read(picture_path(job.out, i)) for i in row] for row in rows]
     weights = weights_record(job.model)
     caption = (
         f"step {weights['step']} ({weights['kind']}), {describe_sampler(job.sampler)}; guidance "
@@ -247,7 +263,7 @@ def _names(job: Job, row: list[int]) -> str:
     return f"{names[labels[0]]}" if names else f"class {labels[0]}"
 
 
-def _read(path: "epath.Path") -> "np.ndarray":
+def read(path: "epath.Path") -> "np.ndarray":
     """The pixels of a sample; UserError if the file is damaged."""
     import numpy as np
     from PIL import Image
@@ -269,7 +285,7 @@ def _read_all(out: "epath.Path", n: int) -> "Iterator[np.ndarray]":
     with futures.ThreadPoolExecutor(_THREADS) as pool:
         for start in range(0, n, _AHEAD):
             paths = [picture_path(out, i) for i in range(start, min(start + _AHEAD, n))]
-            yield from pool.map(_read, paths)
+            yield from pool.map(read, paths)
 
 
 def _write_npz(job: Job) -> None:
@@ -278,7 +294,7 @@ def _write_npz(job: Job) -> None:
 
     from dcae_jax.evals import npz
 
-    height, width, _ = _read(picture_path(job.out, 0)).shape
+    height, width, _ = read(picture_path(job.out, 0)).shape
     rows = tqdm(
         _read_all(job.out, job.n), total=job.n, unit="img", desc=NPZ,
         mininterval=0.2 if sys.stderr.isatty() else 30.0,

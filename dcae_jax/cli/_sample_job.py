@@ -8,7 +8,7 @@ import enum
 import re
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dcae_jax.cli import _trained
+from dcae_jax.cli import _options, _trained
 from dcae_jax.cli._trained import Model, say, weights_record
 
 if TYPE_CHECKING:
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from dcae_jax.tasks.diffuse import DiffuseConfig
 
 _RANDOM = "random"
-_DRAWN = "random (torch.randint)"  # until 0.4 "random" were others
-_IN_TURN = "in turn"
+DRAWN = "random (torch.randint)"  # until 0.4 "random" were others
+IN_TURN = "in turn"
 
 
 class Job(NamedTuple):
@@ -46,6 +46,25 @@ class Job(NamedTuple):
     def n(self) -> int:
         """Samples that are wanted."""
         return len(self.labels)
+
+
+def add_sampling(to: argparse.ArgumentParser) -> None:
+    """How samples are drawn and decoded."""
+    add = to.add_argument
+    add("--sampler", metavar="NAME", help="ddpm, ddim, euler, heun, dpm_fast, dpm_2m or dopri5")
+    add("--steps", type=int, metavar="N", help="of the sampler; more are finer and slower")
+    add("--sampler-option", action="append", default=[], metavar="NAME=VALUE",
+        help="another option of the sampler, e.g. eta=1 or rtol=1e-4; may be repeated")  # fmt: skip
+    add("--cfg", type=float, metavar="SCALE", help="guidance scale; 1 is off, and half of the cost")
+    add("--cfg-interval", type=float, nargs=2, metavar=("START", "STOP"),
+        help="guided where START <= t <= STOP; 0 is data, 1 is noise")  # fmt: skip
+    add("--cfg-channels", type=int, metavar="K",
+        help="guide only the first K channels (the original DiT: 3); 0: all")  # fmt: skip
+    add("--weak", metavar="RUN",
+        help="autoguidance: away from this weaker model of the same latents (an earlier step "
+        "directory, a smaller network) instead of away from no class")  # fmt: skip
+    add("--autoencoder", metavar="AE",
+        help=f"decodes; default: that of the latents. {_options.FROM}")  # fmt: skip
 
 
 # ----------------------------------------------------------------------- what is asked for, checked
@@ -307,14 +326,14 @@ def classes_of(text: str, model: Model) -> tuple[list[int], str]:
 
     count = min(model.run.task.model.num_classes, model.manifest.num_classes)
     if text in ("all", _RANDOM):
-        return list(range(count)), _DRAWN if text == _RANDOM else _IN_TURN
+        return list(range(count)), DRAWN if text == _RANDOM else IN_TURN
     names = {name.lower(): i for i, name in enumerate(model.manifest.classes)}
     found: list[int] = []
     for part in (p.strip() for p in text.split(",")):
         found += _numbers(part, names, count)
     if not found:
         raise UserError(f"--classes {text!r} names no class")
-    return found, _IN_TURN
+    return found, IN_TURN
 
 
 def _numbers(part: str, names: dict[str, int], count: int) -> list[int]:
@@ -344,7 +363,7 @@ def _labels(classes: list[int], order: str, n: int, seed: int) -> "np.ndarray":
     from dcae_jax.evals.labels import balanced_labels, random_labels
 
     count = len(classes)
-    index = random_labels(n, count, seed) if order == _DRAWN else balanced_labels(n, count)
+    index = random_labels(n, count, seed) if order == DRAWN else balanced_labels(n, count)
     return np.array(classes, np.int32)[index]
 
 

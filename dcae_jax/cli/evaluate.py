@@ -6,6 +6,14 @@ Of an autoencoder, at one resolution or several:
   python -m dcae_jax evaluate --from imported/f64c128 --images imagenet/val --resolution 256,512 \\
       --metrics psnr,ssim,lpips,rfid --data-name imagenet-val --out scores
 
+of a diffusion model, whose samples are drawn into OUT/samples first (with the options of `sample`,
+whose folder that is; --samples scores such a folder as it is):
+
+  python -m dcae_jax evaluate --from runs/usit_h --reference train512.npz --cfg 1.2 --out scores
+  python -m dcae_jax evaluate --from runs/usit_h --n 10000 --protocol adm \\
+      --reference VIRTUAL_imagenet512.npz --metrics gfid,sfid,is,precision,recall --out scores
+  python -m dcae_jax evaluate --samples drawn --reference train512.npz --out scores
+
 of two sets of images, each a folder or an npz with arr_0 uint8[n, h, w, 3]; PSNR, SSIM and LPIPS
 compare images of one name:
 
@@ -20,7 +28,8 @@ and statistics of a data set as a reference for others (mu, sigma; mu_s, sigma_s
 
 Protocols: dcae (default) is that of DC-AE's authors: pytorch-fid's network and resize, for IS
 torch-fidelity's.  adm is that of ADM's evaluator: the graph's own resize everywhere.  rFID compares
-with the originals themselves unless --reference names other statistics.
+with the originals themselves unless --reference names other statistics.  Classes of samples: dcae
+draws them at random (torch.randint, as --seed says), adm has all in turn.
 
 OUT/metrics.json holds the scores with all that decides them, OUT/grid-*.png shows some images. Kill
 the command and run it again, and it goes on where it was: features of every 512 images are kept in
@@ -34,7 +43,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from dcae_jax.cli import _evaluate_folder, _options
+from dcae_jax.cli import _evaluate_folder, _options, _sample_job
 from dcae_jax.cli._trained import say
 
 if TYPE_CHECKING:
@@ -68,13 +77,14 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     add("--write-reference", metavar="NPZ", help="write the statistics of --images, no scores")
     add("--metrics", metavar="LIST", help=f"of {_METRICS}; default: psnr,ssim,lpips,rfid and "
-        "latent-rms of an autoencoder, fid of two sets")  # fmt: skip
+        "latent-rms of an autoencoder, gfid and is of samples, fid of two sets")  # fmt: skip
     add("--protocol", choices=("dcae", "adm"), default="dcae", help="see above")
     add("--resolution", metavar="R", help="of the centre crops, one or several: 256,512; default: "
         "that of the data; --images: 256 for an autoencoder, else as they are")  # fmt: skip
     add("--split", help="default: what the run's evaluators look at; of a folder validation/ or "
         "test/ if it has one, else all of it")  # fmt: skip
-    add("--n", type=int, metavar="N", help="images, spread over the data; default: all")
+    add("--n", type=int, metavar="N", help="images, spread over the data; default: all. Samples; "
+        "default: 50000")  # fmt: skip
     add("--data-name", metavar="NAME", help="what scores call the data, e.g. imagenet-val")
     add("--batch", type=int, metavar="B",
         help="images at once on a process's devices (default: 16 on each)")  # fmt: skip
@@ -86,10 +96,15 @@ def _parser() -> argparse.ArgumentParser:
         "done: scores of other tools can be computed of them")  # fmt: skip
     add("--min-size", type=int, metavar="PX", help="leave images out whose shorter side is below; "
         "default: that of the data")  # fmt: skip
+    add("--samples", metavar="DIR", help="a folder of `sample`, to be scored")
+    add("--labels", choices=("random", "balanced"), help="the classes of samples; default: see "
+        "above")  # fmt: skip
+    add("--seed", type=int, metavar="S", help="of classes and noise of samples; default: 0")
+    _sample_job.add_sampling(parser)
     add("--variant", metavar="NAME", help="the release, where a bare file leaves it open")
     _options.add_weights(parser)
     add("--dtype", choices=("float32", "bfloat16"), default="float32",
-        help="of the autoencoder's activations; default: float32, without TF32")  # fmt: skip
+        help="of the activations of what is evaluated; default: float32, without TF32")  # fmt: skip
     return parser
 
 
@@ -114,12 +129,17 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
 def _job(args: argparse.Namespace, overrides: list[str]) -> "Job":
     """What is asked for, by the kind of what is evaluated."""
     from dcae_jax import checkpoint
-    from dcae_jax.cli import _evaluate_autoencoder, _evaluate_images
+    from dcae_jax.cli import _evaluate_autoencoder, _evaluate_generation, _evaluate_images
     from dcae_jax.errors import UserError
 
     if not (args.out or args.write_reference):
         raise UserError("--out DIR is missing: the folder for the scores")
+    if args.samples:
+        if args.source or overrides:
+            raise UserError("--samples is scored as it is, without --from and --config")
+        return _evaluate_generation.folder_job(args)
     if args.source is None:
+        _evaluate_generation.refuse_drawing(args, "nothing is drawn without --from RUN")
         if args.images is None:
             raise UserError("nothing to evaluate: give --from, or --images with --against")
         if overrides:
@@ -130,7 +150,19 @@ def _job(args: argparse.Namespace, overrides: list[str]) -> "Job":
         raise UserError("--against and --write-reference are for --images alone, without --from")
     path = checkpoint.absolute(args.source)
     meta = checkpoint.source_meta(args.source, "--from") if checkpoint.has_steps(path) else None
+    if meta is not None and not _is_autoencoder(meta):
+        if overrides:
+            raise UserError("--config is for data of autoencoders; samples need none")
+        return _evaluate_generation.job(args)
+    _evaluate_generation.refuse_drawing(args, "of an autoencoder nothing is drawn")
     return _evaluate_autoencoder.job(args, overrides, meta)
+
+
+def _is_autoencoder(meta: dict[str, Any]) -> bool:
+    from dcae_jax import config
+    from dcae_jax.tasks.autoencode import AutoencodeConfig
+
+    return isinstance(config.from_json(meta["config"]).task, AutoencodeConfig)
 
 
 def _is_finished(job: "Job") -> bool:

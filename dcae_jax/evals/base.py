@@ -1,10 +1,14 @@
 """What evaluators share: their report, which weights they look at, and on which data."""
 
+import functools
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import UInt8
 
+from dcae_jax import sharding
 from dcae_jax.config import EmaConfig, InitWeights, RunConfig
 from dcae_jax.data.latents import LatentDataConfig
 from dcae_jax.errors import UserError
@@ -29,6 +33,35 @@ def variables_of(
         average = state.ema[ema_name(ema.decays[0])]
         return Variables(average["params"], average["stats"], constants)
     return Variables(state.params, state.stats, constants)
+
+
+@runtime_checkable
+class Records(Protocol):
+    """An evaluator whose scores depend on more than the config: on files."""
+
+    def record(self) -> dict[str, Any]:
+        """What these files are; {} for none."""
+        ...
+
+
+def records(evaluators: dict[str, Any]) -> dict[str, Any]:
+    """For the run's record: the files behind the scores, by evaluator."""
+    found = {name: e.record() for name, e in evaluators.items() if isinstance(e, Records)}
+    found = {name: record for name, record in found.items() if record}
+    return {"scored_with": found} if found else {}
+
+
+def on_host(arrays: Tree, mesh: Mesh) -> Tree:
+    """Arrays whose rows lie on different devices, whole in every process."""
+    if jax.process_count() > 1:
+        arrays = gathered(sharding.replicated(mesh))(arrays)
+    return jax.device_get(arrays)
+
+
+@functools.cache
+def gathered(whole: NamedSharding) -> jax.stages.Wrapped:
+    """Gives arrays that placement: every device gets what it needs from the others."""
+    return jax.jit(lambda x: x, out_shardings=whole)
 
 
 @runtime_checkable

@@ -44,7 +44,6 @@ CHANCE, MEAN, CLASS_MEANS = "chance", "mean-of-training", "class-means-of-traini
 TRAINING, HELD_OUT = "training-latents", "held-out-latents"
 _LEAST = 2  # held-out latents of a class: fewer have no deviation
 _CHUNK = 256  # latents whose distances to all training latents are computed at once
-_ROWS = 8  # classes in the picture, at most
 
 Latents = Float64[np.ndarray, "n h w c"]
 
@@ -184,7 +183,7 @@ class ClassScores:
         """Rows of classes: each sample beside the training latent that is nearest to it."""
         if not self.cfg.pictures:
             return {}
-        rows = _rows(self._labels, self.cfg.pictures)
+        rows = generate.rows_of_classes(self._labels, self.cfg.pictures)
         shown = np.concatenate(rows)
         crops = self._units.invert(self._training.latents[nearest[shown]]).astype(np.float32)
         both = generate.decode_all(
@@ -252,14 +251,6 @@ def _in_turn(labels: Int[np.ndarray, " n"], wanted: Int[np.ndarray, " m"]) -> In
 
 def _pick(found: Labelled, indices: Int[np.ndarray, " n"]) -> Labelled:
     return Labelled(found.latents[indices], found.labels[indices])
-
-
-def _rows(labels: Int[np.ndarray, " n"], per_class: int) -> list[Int[np.ndarray, " k"]]:
-    """Indices of the samples that are shown, a row for each class."""
-    present = np.unique(labels)
-    count = min(_ROWS, len(present))
-    chosen = [present[i * len(present) // count] for i in range(count)]
-    return [np.flatnonzero(labels == k)[:per_class] for k in chosen]
 
 
 # ------------------------------------------------------------------------------------- the measures

@@ -1,6 +1,5 @@
 """Samples during training: a grid of fixed classes and noise, so that a run's grids compare."""
 
-import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -8,7 +7,7 @@ import jax
 import numpy as np
 from absl import logging
 from jax.sharding import Mesh
-from jaxtyping import Float, Int32, UInt8
+from jaxtyping import Float, Int, Int32, UInt8
 
 from dcae_jax import autoencoder, sharding
 from dcae_jax.autoencoder import Autoencoder
@@ -19,13 +18,15 @@ from dcae_jax.diffusion.process import ProcessConfig
 from dcae_jax.diffusion.samplers import DPMFastConfig, SamplerConfig
 from dcae_jax.errors import UserError
 from dcae_jax.evals import metrics
-from dcae_jax.evals.base import Report, below, is_due, variables_of
+from dcae_jax.evals.base import Report, below, gathered, is_due, variables_of
 from dcae_jax.generator import Drawn, Generator
 from dcae_jax.report import images as pictures
 from dcae_jax.step import TrainState
 from dcae_jax.tasks.base import Task, Variables
 from dcae_jax.tasks.diffuse import DiffuseTask
 from dcae_jax.tree import Tree
+
+_ROWS = 8  # classes in a picture, at most
 
 
 @dataclass(slots=True)
@@ -128,6 +129,14 @@ def class_names(manifest: latents.Manifest) -> list[str]:
     return list(manifest.classes) or [f"class {k}" for k in range(manifest.num_classes)]
 
 
+def rows_of_classes(labels: Int[np.ndarray, " n"], per_class: int) -> list[Int[np.ndarray, " k"]]:
+    """Indices of the samples that are shown, a row for each of some classes spread over all."""
+    present = np.unique(labels)
+    count = min(_ROWS, len(present))
+    chosen = [present[i * len(present) // count] for i in range(count)]
+    return [np.flatnonzero(labels == k)[:per_class] for k in chosen]
+
+
 def draw(
     generator: Generator, variables: Variables, labels: Int32[np.ndarray, " n"], batch: int,
     mesh: Mesh, poll: Callable[[], None],
@@ -164,14 +173,8 @@ def decode(net: Autoencoder, drawn: jax.Array) -> np.ndarray:
     """uint8 images of latents; those that every process holds whole give images likewise."""
     images = metrics.to_uint8(net.decode(drawn))
     if not images.is_fully_addressable:
-        images = _gathered(drawn.sharding)(images)
+        images = gathered(drawn.sharding)(images)  # the decoder leaves each device its own rows
     return np.asarray(images)
-
-
-@functools.cache
-def _gathered(whole: jax.sharding.Sharding) -> jax.stages.Wrapped:
-    """The decoder leaves each device its own rows."""
-    return jax.jit(lambda x: x, out_shardings=whole)
 
 
 def decode_all(

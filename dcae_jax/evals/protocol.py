@@ -94,7 +94,8 @@ def parse_metrics(text: str, kind: Kind) -> tuple[str, ...]:
     """Names of METRICS in their order there; UserError for a name that does not exist."""
     given = [name.strip().lower() for name in text.split(",")]
     own = FID_NAMES[kind]
-    known = [n for n, m in METRICS.items() if m.only in (None, kind)]
+    pairs = kind is not Kind.generation  # samples have no originals
+    known = [n for n, m in METRICS.items() if m.only in (None, kind) and (pairs or not m.paired)]
     found = []
     for name in given:
         plain = "fid" if name == own else name

@@ -1,4 +1,7 @@
-"""Reconstruction quality on fixed images: PSNR, SSIM, a grid, and closed-form baselines."""
+"""Reconstruction quality on fixed images: PSNR, SSIM, a grid, and closed-form baselines.
+
+LPIPS, MS-SSIM and rFID where the config asks for them: see evals/perceptual.py.
+"""
 
 import copy
 import itertools
@@ -9,15 +12,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, UInt8
 
 from dcae_jax import sharding
 from dcae_jax.config import InitWeights, RunConfig
 from dcae_jax.data import pipeline
 from dcae_jax.data.pipeline import DataConfig
-from dcae_jax.evals import baselines, metrics
+from dcae_jax.evals import baselines, metrics, perceptual
 from dcae_jax.evals.base import Report, below, is_due, variables_of
+from dcae_jax.evals.perceptual import LpipsNet, Perceptual
 from dcae_jax.report import images as pictures
 from dcae_jax.step import TrainState
 from dcae_jax.tasks.base import Task, Variables
@@ -44,6 +48,11 @@ class ReconstructConfig:
     weights: InitWeights = InitWeights.ema  # which weights are evaluated
     # Also the PSNR with only the first so many channels of the latent: psnr_c8 (structured latents)
     channel_counts: tuple[int, ...] = ()
+    # These need more time, and but for ms_ssim the files that `import-net` makes.
+    lpips: LpipsNet = LpipsNet.off
+    ms_ssim: bool = False  # for images of 176 px and more
+    rfid: bool = False  # FID to the originals of these n images: rfid64; below 2048 only for itself
+    nets: str = ""  # folder of those files; "": where `import-net` puts them
     baselines: bool = False  # bicubic and PCA of equal rate on the same pixels (once, at the end)
     pca_images: int = 128  # training crops whose blocks fit the PCA
 
@@ -54,18 +63,19 @@ class ReconstructConfig:
 
     def problems(self) -> list[str]:
         """All problems of these values, each with its mend."""
-        return below(self, n=1, batch=1, every=0)
+        found = below(self, n=1, batch=1, every=0)
+        return found + perceptual.problems(self, self.data.resolution)
 
     def metrics(self) -> tuple[str, ...]:
         """The names of its scores."""
-        return METRICS + tuple(map(score_of, self.channel_counts))
+        return METRICS + tuple(map(score_of, self.channel_counts)) + perceptual.names(self)
 
     def due(self, step: int, last: int) -> bool:
         """Whether it runs after `step` of `last` steps."""
         return is_due(self, step, last)
 
     def build(self, run: RunConfig, task: Task, mesh: Mesh) -> "Reconstruct":
-        """The evaluator."""
+        """The evaluator; it loads the networks that its scores need."""
         return Reconstruct(self, run, task, mesh)
 
 
@@ -76,35 +86,56 @@ class Reconstruct:
         self.cfg, self.run_cfg, self.task, self.mesh = cfg, run, task, mesh
         rows = mesh.shape["data"] * mesh.shape["fsdp"]
         self.batch = -(-cfg.batch // rows) * rows  # divisible by the devices; padding is masked
-        self._score = jax.jit(self._scores, out_shardings=sharding.replicated(mesh))
+        self._more = Perceptual(cfg, mesh)
+        whole = sharding.replicated(mesh)
+        by_row = NamedSharding(mesh, PartitionSpec(sharding.BATCH_AXES))
+        self._score = jax.jit(self._scores, out_shardings=(whole, whole, by_row))
+        self._given = jax.jit(
+            lambda nets, b: self._pair_sums(nets, b["x"], b["y"], b["mask"]), out_shardings=whole
+        )
+
+    def record(self) -> dict[str, Any]:
+        """The files of the networks."""
+        return self._more.record()
 
     def run(self, state: TrainState, constants: Tree, poll: Callable[[], None]) -> Report:
         """Scores and the grid; `poll` is called once per batch (it raises when preempted)."""
         variables = variables_of(state, constants, self.cfg.weights, self.run_cfg.ema)
-        total: dict[str, float] = {}
+        total, rfid = {}, self._more.rfid()
         shown: list[tuple[Image, Image, str]] = []
         for batch in self._batches(self.cfg.data, self.cfg.n):
-            sums, head = jax.device_get(self._score(variables, batch))
+            found, head, pairs = self._score(variables, self._more.params, batch)
+            sums, head = jax.device_get((found, head))
             total = {k: total.get(k, 0.0) + float(v) for k, v in sums.items()}
             room = min(self.cfg.pictures - len(shown), int(sums["count"]))
             shown += _labelled(head, room, "held-out")
+            if rfid:
+                rfid.add(*pairs, head["mask"])
             poll()
+        scores = self._summary(total, rfid)
         shown += self._training(variables)
         if not shown:
-            return Report(summarise(total), {})
+            return Report(scores, {})
         grid = pictures.reconstruction_grid(
             np.stack([x for x, _, _ in shown]), np.stack([y for _, y, _ in shown]),
             [label for _, _, label in shown],
             caption=f"{self.cfg.name}, step {int(jax.device_get(state.step))}",
         )  # fmt: skip
-        return Report(summarise(total), {self.cfg.name: grid})
+        return Report(scores, {self.cfg.name: grid})
+
+    def _summary(self, total: dict[str, Any], rfid: perceptual.PairFid | None) -> dict[str, float]:
+        """All scores, in the order of `metrics`."""
+        found = summarise(total)
+        found |= {name: rfid.value() for name in perceptual.names(self.cfg)[-1:] if rfid}
+        return {name: found[name] for name in self.cfg.metrics() if name in found}
 
     def _training(self, variables: Variables) -> list[tuple[Image, Image, str]]:
         count = self.cfg.training_pictures
         if not count:
             return []
         (batch, *_) = self._batches(self._training_data(), count)
-        _, head = jax.device_get(self._score(variables, batch))
+        _, head, _ = self._score(variables, self._more.params, batch)
+        head = jax.device_get(head)
         return _labelled(head, min(count, len(head["output"])), "training")
 
     def baselines(self) -> dict[str, dict[str, float]]:
@@ -121,8 +152,24 @@ class Reconstruct:
         for k in dict.fromkeys((3, model.latent_channels)):
             pca = best.first(k)
             outputs[f"pca-{k}"] = baselines.reconstruct(pca, test, model.factor)
-        mask = np.ones(len(test), np.float32)
-        return {name: summarise(_sums(test, out, mask)) for name, out in outputs.items()}
+        return {name: self._of_given(test, out) for name, out in outputs.items()}
+
+    def _of_given(
+        self, originals: UInt8[np.ndarray, "n h w 3"], outputs: UInt8[np.ndarray, "n h w 3"]
+    ) -> dict[str, float]:
+        """The same scores of outputs that are there; every process has all of them."""
+        total, rfid, (part, parts) = {}, self._more.rfid(), sharding.row_shard(self.mesh)
+        for start in range(0, len(originals), self.batch):
+            index = np.arange(start, start + self.batch)
+            mask, rows = (index < len(originals)).astype(np.float32), index % len(originals)
+            mine = slice(part * self.batch // parts, (part + 1) * self.batch // parts)
+            local = {"x": originals[rows], "y": outputs[rows], "mask": mask}
+            batch = sharding.put_batch({k: v[mine] for k, v in local.items()}, self.mesh)
+            sums = jax.device_get(self._given(self._more.params, batch))
+            total = {k: total.get(k, 0.0) + float(v) for k, v in sums.items()}
+            if rfid:
+                rfid.add(batch["x"], batch["y"], mask)
+        return self._summary(total, rfid)
 
     def _training_data(self) -> DataConfig:
         data = copy.deepcopy(self.cfg.data)
@@ -137,15 +184,23 @@ class Reconstruct:
                 yield sharding.put_batch(wanted, self.mesh)
 
     def _scores(
-        self, variables: Variables, batch: dict[str, Array]
-    ) -> tuple[dict[str, Array], dict[str, Array]]:
+        self, variables: Variables, nets: Tree, batch: dict[str, Array]
+    ) -> tuple[dict[str, Array], dict[str, Array], tuple[Array, Array]]:
+        """(sums over the batch, its first pictures and its mask, originals and outputs)."""
+        original, mask = batch["image"], batch["mask"]
         output = metrics.to_uint8(self.task.predict(variables, batch))
         head = {
-            "original": batch["image"][: self.cfg.pictures],
+            "original": original[: self.cfg.pictures],
             "output": output[: self.cfg.pictures],
+            "mask": mask,
         }
-        sums = _sums(batch["image"], output, batch["mask"])
-        return sums | self._truncated(variables, batch), head
+        sums = self._pair_sums(nets, original, output, mask) | self._truncated(variables, batch)
+        return sums, head, (original, output)
+
+    def _pair_sums(
+        self, nets: Tree, original: Pixels, output: Pixels, mask: Any
+    ) -> dict[str, Array]:
+        return _sums(original, output, mask) | self._more.sums(nets, original, output, mask)
 
     def _truncated(self, variables: Variables, batch: dict[str, Array]) -> dict[str, Array]:
         """Masked sums of the PSNR with the first channels of the latents."""
@@ -192,10 +247,5 @@ def summarise(total: dict[str, Any]) -> dict[str, float]:
     Further sums become means under their names.
     """
     n = float(total["count"])
-    return {
-        "psnr": float(total["psnr"]) / n,
-        "psnr_pooled": metrics.pooled_psnr(float(total["mse"]), n),
-        "ssim": float(total["ssim"]) / n,
-        "n": n,
-        **{k: float(v) / n for k, v in total.items() if k.startswith("psnr_c")},
-    }
+    means = {k: float(v) / n for k, v in total.items() if k not in ("mse", "count")}
+    return {**means, "psnr_pooled": metrics.pooled_psnr(float(total["mse"]), n), "n": n}

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
+from dcae_jax import score_names
 from dcae_jax.report import diffusion
 from dcae_jax.report import phases as phases_lib
 from dcae_jax.report.phases import Phase
@@ -80,8 +81,10 @@ def panels(phases: Sequence[Phase]) -> list[Panel]:
     found = [
         pooled if pooled.series else _quality(phases, "psnr", "PSNR, mean per image (dB)"),
         _quality(phases, "ssim", "SSIM"),
+        *_by_images(phases, ("ms_ssim", "lpips", "lpips_vgg", "rfid")),
         _samples(phases, "accuracy", "Accuracy by nearest class mean"),
         _samples(phases, "frechet", "Fréchet distance"),
+        *_by_images(phases, phases_lib.METRICS_OF_SAMPLES),
         _validation(phases),
         Panel("Loss and its terms", _train(keys, _is_loss), log=True),
         *_adversarial(phases),
@@ -138,10 +141,18 @@ def _quality(phases: Sequence[Phase], metric: str, title: str) -> Panel:
         color = COLORS[sizes.index(size) % len(COLORS)]
         if f"{name}/{metric}" in keys:
             held_out = phases_lib.is_held_out(name)
-            label = phases_lib.describe(name)
+            sampled = phases_lib.scores_samples(phases, name)
+            label = name if sampled else phases_lib.describe(name)
             panel.series.append(Series(label, f"{name}/{metric}", color, not held_out, "measured"))
             panel.levels += _levels(phases, name, metric, color) if held_out else []
     return panel
+
+
+def _by_images(phases: Sequence[Phase], wanted: Sequence[str]) -> list[Panel]:
+    """A panel for each score that some evaluator has, whatever number of images its name says."""
+    names = {m for name in phases_lib.evaluators(phases) for m in phases_lib.measured(phases, name)}
+    found = [m for m in phases_lib.main_metrics(names) if score_names.parts(m)[0] in wanted]
+    return [_quality(phases, metric, phases_lib.heading(metric)) for metric in found]
 
 
 def _levels(phases: Sequence[Phase], evaluator: str, metric: str, color: str) -> list[Level]:

@@ -19,6 +19,7 @@ class Kind(enum.Enum):
     classes = "classes"  # class scores of samples
     loss = "loss"  # on held-out latents
     samples = "samples"  # pictures of samples
+    features = "features"  # FID and its like of samples
     other = "other"
 
 
@@ -29,6 +30,8 @@ def kind(found: Sequence[Phase], evaluator: str) -> Kind:
         return Kind.classes
     if "loss" in names:
         return Kind.loss
+    if phases_lib.scores_samples(found, evaluator):
+        return Kind.features
     return Kind.samples if "latent_rms" in names else Kind.other
 
 
@@ -56,6 +59,7 @@ WHAT = {
     Kind.classes: "samples against held-out and training latents",
     Kind.loss: "loss on held-out latents",
     Kind.samples: "samples: each row one class, fixed noise",
+    Kind.features: "samples against what the name says, by Inception's features",
 }
 
 

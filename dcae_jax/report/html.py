@@ -64,7 +64,9 @@ def _page(found: Sequence[Phase]) -> dict[str, Any]:
         "diffusion": diffusion.is_diffusion(found),
         "phase_table": phases.phase_table(found),
         "quality": _quality(found, diffusion.Kind.other),
-        "samples": _quality(found, diffusion.Kind.classes, diffusion.Kind.samples),
+        "samples": _quality(
+            found, diffusion.Kind.classes, diffusion.Kind.features, diffusion.Kind.samples
+        ),
         "losses": _quality(found, diffusion.Kind.loss),
         "findings": phases.findings(found),
         "panels": [_markup(svg) for svg in _panels(found)],
@@ -123,6 +125,10 @@ def _run_facts(found: Sequence[Phase]) -> list[tuple[str, str]]:
     for name in ("device", "commit"):
         values = sorted({str(p.config[name]) for p in found if p.config.get(name)})
         facts.append((name, ", ".join(values) or "not recorded"))
+    for phase in found:
+        if best := phase.summary.get("best"):
+            where = f"{best['metric']} {best['value']:.4g} at step {best['step']}"
+            facts.append(("best checkpoint", f"{where} of {phase.name}"))
     times = [row["time"] for phase in found for row in phase.rows]
     facts.append(("time", progress.duration(sum(seconds)) if seconds else "not recorded"))
     facts.append(("last record", _date(max(times)) if times else "none"))
@@ -255,12 +261,11 @@ def _picture_caption(phase: Phase, step: int) -> str:
 def _picture_scores(phase: Phase, name: str, step: int) -> str:
     """The scores that were recorded with the picture."""
     row = next((row for row in phase.rows if row["step"] == step), {})
-    parts = [
+    mine = [key.removeprefix(f"{name}/") for key in row if key.startswith(f"{name}/")]
+    return ", ".join(
         f"{phases.metric_name(metric)} {phases.score(metric, row[f'{name}/{metric}'])}"
-        for metric in (*phases.METRICS, *phases.METRICS_OF_LATENTS)
-        if f"{name}/{metric}" in row
-    ]
-    return ", ".join(parts)
+        for metric in phases.main_metrics(mine)
+    )
 
 
 def embedded(caption: str, scores: str, path: epath.Path, budget: int) -> Picture:

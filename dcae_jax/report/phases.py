@@ -14,23 +14,34 @@ An evaluator's name holds its data, resolution and split: "photos-128-test".
 import json
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from etils import epath
 
+from dcae_jax import score_names
 from dcae_jax.errors import UserError
+from dcae_jax.nets import weights
 from dcae_jax.report import progress, writers
 
 PHASES = ("phase1", "phase2", "phase3")  # folders of a three-phase run
 METRICS = ("psnr_pooled", "psnr", "ssim")  # shown first, in this order
 METRICS_OF_LATENTS = ("accuracy", "frechet", "nearest", "loss")  # of diffusion, likewise
+# Names begin so where they also say of how many images: fid2048.
+METRICS_OF_SAMPLES = ("fid", "sfid", "kid", "is", "precision", "recall")
+_FIRST = (
+    *METRICS, "ms_ssim", "lpips", "lpips_vgg", "rfid", *METRICS_OF_LATENTS, *METRICS_OF_SAMPLES,
+)  # fmt: skip
 _METRIC_NAMES = {
     "psnr_pooled": "PSNR pooled", "psnr": "PSNR mean", "ssim": "SSIM", "n": "images",
+    "ms_ssim": "MS-SSIM", "lpips": "LPIPS", "lpips_vgg": "LPIPS (VGG)", "rfid": "rFID",
+    "fid": "FID", "sfid": "sFID", "kid": "KID", "is": "Inception Score",
     "accuracy": "accuracy", "frechet": "Fréchet distance", "nearest": "to nearest training latent",
     "latent_rms": "RMS of latents", "evaluations": "network calls",
 }  # fmt: skip
+_ARROWS = {score_names.Better.higher: " ↑", score_names.Better.lower: " ↓"}
+_SINGULAR = 2048  # FID's features: of fewer images their covariance is singular
 _EVAL_KEY = re.compile(r"(?!(train|data)/)(?P<evaluator>.+)/(?P<metric>[^/]+)$")
 _BASELINES = {
     "mean-of-training": "every sample the mean of training",
@@ -153,6 +164,11 @@ def measured(phases: Sequence[Phase], evaluator: str) -> set[str]:
     return {metric for each in found for metric in each}
 
 
+def scores_samples(phases: Sequence[Phase], evaluator: str) -> bool:
+    """Whether an evaluator compares sets of samples by the features of a network."""
+    return any(score_names.parts(m)[0] in METRICS_OF_SAMPLES for m in measured(phases, evaluator))
+
+
 def resolution(evaluator: str) -> int | None:
     """Pixels, from the name: photos-128-test -> 128."""
     match = re.search(r"(?:^|-)(\d+)(?:-|$)", evaluator)
@@ -172,8 +188,14 @@ def describe(evaluator: str) -> str:
 
 
 def held_out_range(phases: Sequence[Phase]) -> list[str]:
-    """The held-out evaluators of the lowest and the highest resolution (one or two names)."""
-    names = [name for name in evaluators(phases) if is_held_out(name) and resolution(name)]
+    """The held-out evaluators of the lowest and the highest resolution (one or two names).
+
+    Of reconstructions: scores of samples may have a number in their names too.
+    """
+    names = [
+        name for name in evaluators(phases)
+        if is_held_out(name) and resolution(name) and not scores_samples(phases, name)
+    ]  # fmt: skip
     return list(dict.fromkeys([names[0], names[-1]])) if names else []
 
 
@@ -197,17 +219,31 @@ def baseline_name(name: str) -> str:
 
 
 def metric_name(metric: str) -> str:
-    """What a metric is called in tables."""
-    return _METRIC_NAMES.get(metric, metric)
+    """What a metric is called in texts: `rfid64` -> `rFID of 64`."""
+    base, count = score_names.parts(metric)
+    name = _METRIC_NAMES.get(base, base)
+    return f"{name} of {count}" if count else name
+
+
+def heading(metric: str) -> str:
+    """The same over a column of a table or over a curve: which way is better is said."""
+    way = score_names.better(metric)
+    return metric_name(metric) + (_ARROWS[way] if way else "")
 
 
 def score(metric: str, value: Number | None) -> str:
     """A number with the digits its metric deserves."""
     if value is None:
         return "–"
+    return f"{value:.{_digits(score_names.parts(metric)[0])}f}"
+
+
+def _digits(metric: str) -> int:
     if metric in ("n", "evaluations"):
-        return f"{value:.0f}"
-    return f"{value:.2f}" if metric.startswith(("psnr", "frechet")) else f"{value:.3f}"
+        return 0
+    if metric.startswith("psnr") or metric in ("frechet", "rfid", "fid", "sfid", "is"):
+        return 2
+    return {"lpips": 4, "lpips_vgg": 4, "kid": 5}.get(metric, 3)
 
 
 # ---------------------------------------------------------------------------- tables
@@ -229,11 +265,14 @@ def phase_table(phases: Sequence[Phase]) -> Table:
     """One row per phase: what was trained, how long, how fast, what it did to the main scores."""
     names = held_out_range(phases)
     metrics = [(metric, name) for metric in ("psnr_pooled", "ssim") for name in names]
-    head = _FACTS_HEAD + [f"{metric_name(m)} {resolution(name)} px" for m, name in metrics]
-    for metric in ("loss", "accuracy", "frechet"):
-        found = [name for name in evaluators(phases) if metric in measured(phases, name)]
-        metrics += [(metric, name) for name in found]
-        head += [f"{metric_name(metric)} {name}" for name in found]
+    head = _FACTS_HEAD + [f"{heading(m)} {resolution(name)} px" for m, name in metrics]
+    for wanted in ("rfid", "loss", "accuracy", "frechet", "fid"):
+        found = [
+            (metric, name) for name in evaluators(phases)
+            for metric in sorted(measured(phases, name)) if score_names.parts(metric)[0] == wanted
+        ]  # fmt: skip
+        metrics += found
+        head += [f"{heading(metric)} {name}" for metric, name in found]
     rows = []
     for phase in phases:
         changes = [_change(phase, metric, name) for metric, name in metrics]
@@ -304,14 +343,21 @@ def quality_table(phases: Sequence[Phase], evaluator: str) -> Table:
         if found is None and cells:
             cells[0] = "not yet run"
         rows.append([label, *cells])
-    return Table(["", *(metric_name(m) for m in metrics)], rows, rules)
+    return Table(["", *(heading(m) for m in metrics)], rows, rules)
 
 
 def _metrics_of(found: Sequence[dict[str, Number]]) -> list[str]:
     """The main ones first, then whatever else was measured, by name; no losses of single times."""
     names = {name for each in found for name in each if not _BIN.search(name)}
-    first = [*METRICS, *METRICS_OF_LATENTS]
-    return [m for m in first if m in names] + sorted(names - set(first))
+    first = main_metrics(names)
+    return first + sorted(names - set(first))
+
+
+def main_metrics(names: Iterable[str]) -> list[str]:
+    """Those of the names that are shown first, in that order."""
+    rank = {name: i for i, name in enumerate(_FIRST)}
+    known = [(rank[base], name) for name in names if (base := score_names.parts(name)[0]) in rank]
+    return [name for _, name in sorted(known)]
 
 
 # ---------------------------------------------------------------------------- findings
@@ -329,6 +375,29 @@ def findings(phases: Sequence[Phase]) -> list[str]:
             p for p in phases if {"accuracy", "frechet"} <= scores(p, "after").get(name, {}).keys()
         ]
         sentences += _samples(ran, name, baselines(phases).get(name, {})) if ran else []
+    return sentences + _doubts(phases)
+
+
+def _doubts(phases: Sequence[Phase]) -> list[str]:
+    """Why scores of sets of images compare with no others."""
+    found, few = {}, []
+    for phase in phases:
+        for name, about in phase.config.get("scored_with", {}).items():
+            for net, info in about["nets"].items():
+                if doubt := weights.doubt(info):
+                    found[f"{name}: its {net} is not the published one ({doubt})"] = None
+    for name in evaluators(phases):
+        few += [
+            metric for metric in main_metrics(measured(phases, name))
+            if score_names.parts(metric)[0] in ("rfid", "fid", "sfid")
+            and (score_names.images(metric) or _SINGULAR) < _SINGULAR
+        ]  # fmt: skip
+    sentences = [f"{text}: such scores compare with nobody's." for text in found]
+    if few:
+        names = ", ".join(map(metric_name, dict.fromkeys(few)))
+        sentences.append(
+            f"{names}: of fewer than {_SINGULAR} images; compares with scores of as many alone."
+        )
     return sentences
 
 

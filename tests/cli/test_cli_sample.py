@@ -23,7 +23,7 @@ import runs
 from PIL import Image
 
 from dcae_jax import autoencoder, checkpoint, config, outputs, provenance, rng, sharding, step
-from dcae_jax.cli import _sample_folder, _sample_job, sample
+from dcae_jax.cli import _sample_draw, _sample_folder, _sample_job, sample
 from dcae_jax.config import EmaConfig, MeshConfig, OptimConfig, RunConfig
 from dcae_jax.data.latents import LatentDataConfig, Manifest, Plan, Storage
 from dcae_jax.diffusion.guidance import GuidanceConfig
@@ -120,7 +120,7 @@ def run(workdir, tmp_path_factory) -> pathlib.Path:
 def one_device(monkeypatch) -> None:
     """Quicker to compile than for the eight fake ones."""
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-    monkeypatch.setattr(sample, "_mesh", lambda: mesh)
+    monkeypatch.setattr(_sample_draw, "_mesh", lambda: mesh)
 
 
 @pytest.fixture
@@ -136,7 +136,7 @@ def drawn(run, tmp_path_factory) -> tuple[pathlib.Path, str]:
     said = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
         mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-        patch.setattr(sample, "_mesh", lambda: mesh)
+        patch.setattr(_sample_draw, "_mesh", lambda: mesh)
         argv = ["--from", run, "--n", 6, "--batch", 4, "--out", out, "--npz"]
         assert sample.main([str(a) for a in argv]) == 0
     return out, said.getvalue()
@@ -310,11 +310,11 @@ def test_a_start_without_a_picture_binds_nobody(command, given, tmp_path, monkey
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(sample, "_draw", die)
+        patch.setattr(_sample_draw, "_draw", die)
         command(*given)
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["sample.json"]
     with pytest.raises(KeyboardInterrupt):
-        monkeypatch.setattr(sample, "_draw", die)
+        monkeypatch.setattr(_sample_draw, "_draw", die)
         command(*given, "--cfg", 1)
     assert json.loads((tmp_path / "out" / "sample.json").read_text())["guidance"]["scale"] == 1.0
 
@@ -536,9 +536,9 @@ def test_nothing_that_is_not_finite_is_saved(command, given, workdir, tmp_path, 
     with pytest.raises(
         UserError, match="gave up after 1000 steps: --sampler-option max_steps=1000"
     ):
-        sample._check_finite(found, np.array([3, 4]), np.array([True, False]))
+        _sample_draw._check_finite(found, np.array([3, 4]), np.array([True, False]))
     with pytest.raises(UserError, match="sample 4 is finite, but not what the autoencoder"):
-        sample._check_decoded(np.array([3, 4]), np.array([True, False]))
+        _sample_draw._check_decoded(np.array([3, 4]), np.array([True, False]))
 
 
 def test_space_and_a_second_command(command, given, tmp_path, monkeypatch):
@@ -561,7 +561,7 @@ def test_eight_devices_draw_what_one_does(
     command, given, run, drawn, tmp_path, monkeypatch, batch, dtype
 ):
     mesh = sharding.make_mesh(MeshConfig(), jax.devices())
-    monkeypatch.setattr(sample, "_mesh", lambda: mesh)
+    monkeypatch.setattr(_sample_draw, "_mesh", lambda: mesh)
     options = ["--batch", batch, "--dtype", dtype, "--out", tmp_path / "eight"]
     code, _, complaints = command(*given, *options)
     assert code == 0, complaints

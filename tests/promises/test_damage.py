@@ -168,23 +168,58 @@ def test_promise_7_all_damaged_changes_nothing(saved, tmp_path):
 
 
 def test_damaged_best_checkpoint_does_not_stop_the_start(saved, tmp_path):
-    """Retention by a metric reads each step's metrics when the folder is opened."""
+    """The best is read from the steps when the folder is opened."""
     workdir = tmp_path / "run"
     options = {"best": "x/psnr", "keep": 1}
     manager = open_(workdir, **options)
-    state = jax.jit(lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), target()))()
-    for k, score in ((1, 5.0), (2, 9.0), (3, 7.0), (4, 6.0)):
-        manager.save(
-            state.replace(step=jnp.int32(k)), meta(runs.make_config("gan")), {"x/psnr": score}
-        )
-    manager.close()
+    save_scored(manager, {1: 5.0, 2: 9.0, 3: 7.0, 4: 6.0})
     assert runs.steps(workdir) == [2, 4]  # the best and the newest
     _empty(workdir / "checkpoints" / "4", "", None)
     manager = open_(workdir, **options)
     assert int(manager.restore_newest(target())[0].step) == 2
-    manager.save(state.replace(step=jnp.int32(5)), meta(runs.make_config("gan")), {"x/psnr": 1.0})
-    manager.close()
+    save_scored(manager, {5: 1.0})
     assert runs.steps(workdir) == [2, 5]
+
+
+def save_scored(manager, scores, metric="x/psnr"):
+    """Scores and saves steps {step: score}, and closes; which of them were the best so far."""
+    state, found = (
+        jax.jit(lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), target()))(),
+        [],
+    )
+    for k, score in scores.items():
+        mine = {metric: score, "x/n": 6.0}
+        found += [k] if manager.scored(k, mine) else []
+        best = manager.best.to_json() if manager.best else None
+        more = {"scores": mine, "evaluated_at": k, "best": best}
+        manager.save(state.replace(step=jnp.int32(k)), meta(runs.make_config("gan")) | more)
+    manager.close()
+    return found
+
+
+def test_the_best_step_is_kept_whatever_it_is_best_by(tmp_path):
+    """Also when the metric or the direction changes, a score is NaN, or it came after the step."""
+    workdir, keep = tmp_path / "run", {"keep": 2, "best": "x/rfid64", "best_is_highest": False}
+    found = save_scored(
+        open_(workdir, **keep), {1: 9.0, 2: np.nan, 3: 4.0, 4: 4.0, 5: 8.0}, "x/rfid64"
+    )
+    assert found == [1, 3] and runs.steps(workdir) == [3, 4, 5]  # the older one of equals
+    manager = open_(workdir, **keep)
+    manager.restore_newest(target())
+    assert manager.best == ("x/rfid64", 3, 4.0)
+    assert manager.scored(5, {"x/rfid64": 3.0})  # the evaluation that a preemption interrupted
+    assert not manager.scored(6, {"x/other": 1.0})
+    assert save_scored(manager, {6: 7.0, 7: np.nan, 8: 5.0}, "x/rfid64") == []
+    assert runs.steps(workdir) == [5, 7, 8]
+    manager = open_(workdir, **keep)
+    manager.restore_newest(target())
+    assert manager.best == ("x/rfid64", 5, 3.0)
+    manager.close()
+    for best, highest, expected in (("x/n", True, 5), ("x/rfid64", True, 5), ("x/new", True, None)):
+        manager = open_(workdir, keep=2, best=best, best_is_highest=highest)
+        manager.restore_newest(target())
+        assert (manager.best and manager.best.step) == expected, (best, manager.best)
+        manager.close()
 
 
 def test_errors_of_the_machine_are_not_damage(saved, tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ import tiny
 from tiny import error
 
 from dcae_jax import config, sharding, train, tree
-from dcae_jax.cli import sample
+from dcae_jax.cli import _sample_draw, sample
 from dcae_jax.config import MeshConfig
 from dcae_jax.distributed import EXIT_PREEMPTED
 from dcae_jax.errors import UserError
@@ -141,7 +141,7 @@ def test_parameters_that_are_not_the_masks_may_not_be_missing(tmp_path):
 @pytest.mark.slow
 def test_the_sample_command_draws_from_it(tmp_path, monkeypatch):
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-    monkeypatch.setattr(sample, "_mesh", lambda: mesh)
+    monkeypatch.setattr(_sample_draw, "_mesh", lambda: mesh)
     whole, _ = masking_runs.whole()
     argv = f"--from {whole} --n 2 --batch 2 --sampler heun --steps 2 --out {tmp_path / 'out'}"
     assert sample.main(argv.split()) == 0

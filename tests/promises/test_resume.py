@@ -4,11 +4,12 @@ import json
 import shutil
 import time
 
+import frozen
 import numpy as np
 import pytest
 import runs
 
-from dcae_jax import sharding, train
+from dcae_jax import config, sharding, train
 from dcae_jax.distributed import EXIT_PREEMPTED
 
 
@@ -139,19 +140,38 @@ def test_torn_files_of_a_killed_writer_do_not_matter(whole, tmp_path):
         assert json.loads((tmp_path / name).read_text())
 
 
-def test_the_best_checkpoint_is_one_that_was_scored(tmp_path):
-    """Evaluations after 5, 10, 12, checkpoints after 2, 4, ...: only 10 and 12 have scores.
+def test_the_best_by_rfid_is_saved_and_kept_also_if_its_evaluation_is_interrupted(tmp_path, capsys):
+    """Evaluations after 5, 10, 12, checkpoints after 4, 8, 12, of which only the last one stays.
 
-    The score grows, so the lowest of those that count is that of 10; 6 and 8, which come after the
-    still lower score of 5, do not have it.
+    A preemption interrupts the evaluation after 5: that step is saved before it is scored.
     """
-    best = {"checkpoint.best": "folder-32-test/psnr", "checkpoint.best_is_highest": False}
-    assert (
-        runs.run("phase1", tmp_path, **best, **{"checkpoint.every": 2, "checkpoint.keep": 1}) == 0
-    )
-    scores = [runs.rows(tmp_path)[k]["folder-32-test/psnr"] for k in (5, 10, 12)]
-    assert scores == sorted(scores)
-    assert runs.steps(tmp_path) == [10, 12]
+    best = {"checkpoint.best": "folder-32-test/rfid6", "checkpoint.best_is_highest": False}
+
+    def go(poll=None):
+        cfg = runs.make_config("phase1", **{"checkpoint.keep": 1} | best)
+        (evaluator,) = cfg.evals
+        evaluator.rfid, evaluator.nets = True, str(frozen.folder())
+        evaluator.at_start, evaluator.pictures, evaluator.training_pictures = False, 0, 0
+        config.validate(cfg, 1)
+        with runs.devices(1):
+            return train.train(cfg, str(tmp_path), runs.StopAt(poll))
+
+    assert go(3 + 4 + 2) == EXIT_PREEMPTED  # before the first step, after four, while evaluating
+    assert runs.steps(tmp_path) == [5] and 5 not in runs.rows(tmp_path)
+    assert go() == train.DONE
+    scores = [runs.rows(tmp_path)[k]["folder-32-test/rfid6"] for k in (5, 10, 12)]
+    assert min(scores) == scores[0], "the test needs that the first one is the lowest"
+    assert runs.steps(tmp_path) == [5, 12]
+    found = runs.summary(tmp_path)["best"]
+    assert (found["metric"], found["step"]) == (best["checkpoint.best"], 5)
+    # Rows of metrics keep nine digits.
+    assert found["value"] == pytest.approx(scores[0], rel=1e-8)
+    said = capsys.readouterr().out
+    assert f"best folder-32-test/rfid6: {scores[0]:.4g} at step 5" in said
+    assert "rFID of 6 ↓" in said and "inception is not the published one (random weights" in said
+    record = json.loads((tmp_path / "config.json").read_text())["scored_with"]
+    net = record["folder-32-test"]["nets"]["inception"]
+    assert net["published"] == "no" and len(net["params_sha256"]) == 64
 
 
 def test_pauses_to_come_are_counted():
