@@ -288,6 +288,12 @@ def test_a_folder_of_other_samples_is_left_alone(command, given, run, copied, tm
     ):
         code, _, complaints = command(*given, *options)
         assert code == 2 and said in complaints, complaints
+    record = (copied / "sample.json").read_text()
+    older = json.loads(record) | {"order": "random"}  # until 0.4: drawn otherwise
+    (copied / "sample.json").write_text(json.dumps(older))
+    code, _, complaints = command(*given, "--classes", "random")
+    assert code == 2 and "order: random -> random (torch.randint)" in complaints
+    (copied / "sample.json").write_text(record)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("mine")
     code, _, complaints = command(*given, "--out", tmp_path / "full")
@@ -373,6 +379,7 @@ def test_classes(run, tmp_path):
     assert labels("all") == [0, 1, 2, 0, 1, 2, 0, 1]
     assert labels("2,0-1,2") == [2, 0, 1, 2] * 2
     assert labels("Dog, golden-retriever") == [1, 2] * 4
+    assert labels("random") == [2, 0, 1, 0, 2, 1, 1, 2], "those of torch.randint"
     many = labels("random", 600)
     assert many[:8] == labels("random") and many != labels("random", 600, seed=6)
     assert all(150 < many.count(k) < 250 for k in range(3)), "600 draws of 1/3: 200 +- 12"
