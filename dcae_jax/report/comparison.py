@@ -8,7 +8,7 @@ from dcae_jax.errors import UserError
 from dcae_jax.evals import protocol
 from dcae_jax.report import phases, results
 from dcae_jax.report.phases import Table
-from dcae_jax.report.results import BETTER, Result
+from dcae_jax.report.results import Result
 
 # What tells the results of one file apart; the first that pairs anything is used.
 _KEYS: tuple[Callable[[Result], Any], ...] = (
@@ -80,10 +80,10 @@ def _judged(name: str, a: Result, b: Result) -> str:
     one, two = a.scores[name], b.scores[name]
     if note := next((s.note for s in (one, two) if not s.comparable), ""):
         return note
-    better = BETTER.get(protocol.metric_of(name))
-    if better is None or one.value == two.value:
+    pick = results.better(name)
+    if pick is None or one.value == two.value:
         return ""
-    return "better" if better((one.value, two.value)) == two.value else "worse"
+    return "better" if pick((one.value, two.value)) == two.value else "worse"
 
 
 def _hindrances(differing: dict[str, dict[str, tuple[Any, Any]]]) -> list[str]:

@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from dcae_jax import config
+from dcae_jax import config, score_names
 from dcae_jax.convert import published, releases
 from dcae_jax.convert.published import Published
 from dcae_jax.errors import UserError
 from dcae_jax.evals import protocol
+from dcae_jax.score_names import Better
 
 FORMAT = "dcae_jax.metrics/1"
 FILE = "metrics.json"
@@ -104,18 +105,18 @@ class Group:
 
     def best(self, name: str) -> float | None:
         """The best of several comparable values; None without one, or where none is better."""
-        better = BETTER.get(protocol.metric_of(name))
+        pick = better(name)
         values = [
             s.value for r in self.results
             if (s := r.scores.get(name)) and s.comparable and s.value is not None
         ]  # fmt: skip
-        return better(values) if better and len(values) > 1 else None
+        return pick(values) if pick and len(values) > 1 else None
 
 
-BETTER: dict[str, Callable[[Sequence[float]], float]] = {
-    "fid": min, "sfid": min, "kid": min, "lpips": min,
-    "psnr": max, "ssim": max, "ms-ssim": max, "is": max, "precision": max, "recall": max,
-}  # fmt: skip
+def better(name: str) -> Callable[[Sequence[float]], float] | None:
+    """What picks the better of two values of a score; None where neither is."""
+    way = score_names.better(protocol.metric_of(name).replace("-", "_"))
+    return {Better.higher: max, Better.lower: min, None: None}[way]
 
 
 def _alike(values: Sequence[Any]) -> bool:

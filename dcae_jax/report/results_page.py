@@ -12,14 +12,14 @@ from dcae_jax import config, outputs
 from dcae_jax.convert.published import Published
 from dcae_jax.report import html, phases, results
 from dcae_jax.report.phases import Table
-from dcae_jax.report.results import BETTER, Beside, Group, Result
+from dcae_jax.report.results import Beside, Group, Result
 
 NAMES = {
     "psnr": "PSNR", "ssim": "SSIM", "ms-ssim": "MS-SSIM", "lpips": "LPIPS", "fid": "FID",
     "rfid": "rFID", "gfid": "gFID", "sfid": "sFID", "kid": "KID", "is": "IS",
     "latent-rms": "latent RMS",
 }  # fmt: skip
-_ARROWS = {min: "↓", max: "↑"}
+_ARROWS = {min: "↓", max: "↑", None: ""}
 _BESIDE_HEAD = ["", "ours", "published", "difference", ""]
 _NO_PROTOCOL = ("commit",)  # recorded with it
 _LONG = 16  # characters of a digest that are shown
@@ -235,8 +235,7 @@ def _html_table(section: Section, out: epath.Path) -> Table:
 
 def _head(name: str) -> str:
     """rFID ↓"""
-    arrow = _ARROWS.get(BETTER.get(results.protocol.metric_of(name)), "")
-    return f"{NAMES.get(name, name)} {arrow}".strip()
+    return f"{NAMES.get(name, name)} {_ARROWS[results.better(name)]}".strip()
 
 
 def _html_name(row: Row, out: epath.Path) -> str:
