@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from concurrent import futures
 from typing import TYPE_CHECKING, Any
 
-from dcae_jax.cli import _evaluate_job, _sample_draw, _sample_folder, _sample_job
+from dcae_jax.cli import _diffusion, _evaluate_job, _sample_draw, _sample_folder, _sample_job
 from dcae_jax.cli._evaluate_job import Asked, Job
 
 if TYPE_CHECKING:
@@ -63,6 +63,8 @@ def job(args: argparse.Namespace) -> Job:
     drawn = _sample_job.job_of(wanted)
     record = _sample_folder.settings(drawn) | {"n": drawn.n}
     found = _evaluation(args, asked, drawn.out, record, drawn.model.manifest.plan.resolution)
+    if _diffusion.ORIGIN in drawn.model.meta:  # still the weights of an import
+        found.subject["release"] = drawn.model.meta[_diffusion.ORIGIN]["release"]
 
     def prepare() -> None:
         _sample_draw.fill(wanted, drawn, npz=False)

@@ -4,16 +4,20 @@ import dataclasses
 import json
 import re
 
+import frozen
+import jax
 import metrics_files
 import networks
 import numpy as np
 import pytest
+import test_cli_sample as samples
 from etils import epath
 from metrics_files import IN64, protocol, result, write
 from PIL import Image
 
-from dcae_jax import autoencoder
-from dcae_jax.cli import _evaluate_autoencoder
+from dcae_jax import autoencoder, checkpoint, sharding
+from dcae_jax.cli import _evaluate_autoencoder, _evaluate_generation, evaluate
+from dcae_jax.config import MeshConfig
 from dcae_jax.data import photos, sources, transforms
 
 
@@ -29,30 +33,42 @@ def test_one_folder_gets_the_page_and_the_tables(command, tmp_path) -> None:
     assert (tmp_path / "runs" / "results.md").read_bytes() == first
 
 
-def test_what_evaluate_writes_is_read_and_compared(command, workdir, tmp_path) -> None:
+def test_what_evaluate_writes_is_read_and_compared(command, workdir, tmp_path, monkeypatch) -> None:
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])  # quicker to compile than for eight
+    monkeypatch.setattr(sharding, "make_mesh", lambda *args: mesh)
+    (tmp_path / "images").mkdir()
     for i in range(3):
-        (tmp_path / "images").mkdir(exist_ok=True)
-        Image.fromarray(networks.picture(40, 60, i)).save(tmp_path / "images" / f"{i}.png")
-    given = ["evaluate", "--from", workdir, "--images", tmp_path / "images", "--resolution", 32,
-             "--metrics", "psnr,latent-rms", "--batch", 8]  # fmt: skip
-    for kind in ("ema", "raw"):
-        assert command(*given, "--params", kind, "--out", tmp_path / "runs" / kind)[0] == 0
+        Image.fromarray(networks.picture(32, 32, i)).save(tmp_path / "images" / f"{i}.png")
+    given = ["--from", workdir, "--images", tmp_path / "images", "--resolution", 32, "--batch", 3]
+    out = tmp_path / "runs" / "a"
+    assert command("evaluate", *given, "--metrics", "psnr,latent-rms", "--out", out)[0] == 0
     code, said, _ = command("results", tmp_path / "runs")
-    assert code == 0 and "Autoencoders · images-32 · 3 images · weights ema" in said
+    assert code == 0 and "Autoencoders · images-32 · 3 images\n" in said
     page = (tmp_path / "runs" / "results.html").read_text()
-    assert page.count("<figure>") == 2 and "psnr3<br>[images-32]" in page
-    code, said, _ = command("results", "--compare", tmp_path / "runs/ema", tmp_path / "runs/raw")
-    assert code == 1 and "weights: ema -> raw" in said
-    code, said, _ = command("results", "--compare", tmp_path / "runs/ema", tmp_path / "runs/ema")
+    assert page.count("<figure>") == 1 and "psnr3<br>[images-32]" in page
+    code, said, _ = command("results", "--compare", out, out)
     assert code == 0 and said.count("+0.000") == 2
 
 
-def test_an_evaluation_says_whose_release_was_imported() -> None:
-    net = networks.in_memory()
+def test_an_evaluation_says_whose_release_was_imported(workdir) -> None:
+    net = autoencoder.load(str(workdir))
     origin = autoencoder.Origin(IN64, 0.2889, f"mit-han-lab/{IN64}")
     subject = _evaluate_autoencoder._subject(dataclasses.replace(net, origin=origin), None)
     assert (subject["release"], subject["imported"]) == (IN64, f"mit-han-lab/{IN64}")
     assert "release" not in _evaluate_autoencoder._subject(net, None)
+
+
+def test_an_evaluation_of_samples_says_whose_release_it_is(workdir, tmp_path, monkeypatch) -> None:
+    name = f"{IN64}-uvit-h-in-512px"
+    run = samples.save(tmp_path / "run", samples.manifest_of(workdir))
+    argv = ["--from", run, "--metrics", "is", "--nets", frozen.folder(), "--n", 16]
+    args, _ = evaluate._parser().parse_known_args([*map(str, argv), "--out", str(tmp_path / "out")])
+    assert "release" not in _evaluate_generation.job(args).evaluations[0].subject
+    meta = checkpoint.source_meta
+    monkeypatch.setattr(
+        checkpoint, "source_meta", lambda *a: {**meta(*a), "diffusion": {"release": name}}
+    )
+    assert _evaluate_generation.job(args).evaluations[0].subject["release"] == name
 
 
 def test_several_folders_and_a_place(command, tmp_path, monkeypatch) -> None:
