@@ -11,8 +11,6 @@ from dcae_jax.errors import UserError
 from dcae_jax.evals.frechet import require_finite
 
 _SIDE = 2048  # vectors of a block, the last one filled up: one program for any number of images
-# Squared distances below this share of |x|^2 + |y|^2 are rounding: they count as 0.
-_ROUNDING = 4e-6
 
 
 class PrecisionRecall(NamedTuple):
@@ -109,6 +107,5 @@ def _or_inside(
 
 
 def _squares(rows: _Block, columns: _Block) -> Float32[Array, "b b"]:
-    norms = rows.norms[:, None] + columns.norms
-    squares = norms - 2.0 * jnp.matmul(rows.vectors, columns.vectors.T, precision="highest")
-    return jnp.where(squares < _ROUNDING * norms, 0.0, squares)
+    products = jnp.matmul(rows.vectors, columns.vectors.T, precision="highest")
+    return rows.norms[:, None] + columns.norms - 2.0 * products

@@ -125,11 +125,18 @@ def test_precision_and_recall_are_their_definition(n, m, k):
 
 
 def test_precision_and_recall_over_several_blocks():
-    """More vectors than a block has: the last block is filled up, and that changes nothing."""
-    x, y = features(6, _SIDE + 9, 4), features(7, 2 * _SIDE, 4, shift=0.7)
-    found = precision_recall(x, y)
-    assert found == slow_precision_recall(x, y, 3)
-    assert 0.1 < found.precision < 0.9
+    """More vectors than a block has: the last block is filled up, and that changes nothing.
+
+    Nearest neighbours stand at the same place of two blocks: only within a block is that the same
+    vector.
+    """
+    half = features(6, _SIDE, 4)
+    y = np.concatenate([half, half + features(7, _SIDE, 4) / 20])
+    x = half[:1000] + features(8, 1000, 4) / 20
+    x = np.concatenate([x, features(9, _SIDE - 991, 4, shift=0.2)])
+    found = precision_recall(x, y, k=1)
+    assert found == slow_precision_recall(x, y, 1)
+    assert 0.1 < found.precision < 0.9 and 0.1 < found.recall < 0.9
 
 
 def test_far_from_the_origin_distances_are_as_exact():

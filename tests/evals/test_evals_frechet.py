@@ -31,6 +31,8 @@ def test_closed_forms():
     b = Gaussian(np.array([4.0, -2.0]), np.diag([1.0, 25.0]))
     assert frechet.distance(a, b) == pytest.approx(9 + 16 + 1 + 4, rel=1e-12)
     assert frechet.distance(a, a) == pytest.approx(0, abs=1e-12)
+    thin, round_ = (Gaussian(np.zeros(2), np.diag([1.0, v])) for v in (1e-12, 1.0))
+    assert frechet.distance(thin, round_) == pytest.approx((1 - 1e-6) ** 2, rel=1e-12)
     point = Gaussian(np.zeros(2), np.zeros((2, 2)))
     assert frechet.distance(a, point) == pytest.approx(5 + 13, rel=1e-12)
 

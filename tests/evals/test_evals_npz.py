@@ -39,6 +39,8 @@ def test_what_is_written_numpy_reads_and_is_the_same_bytes_again(tmp_path):
             epath.Path(tmp_path / name), {"mu": np.ones(3)}, pictures(np.arange(9, dtype=np.int32))
         )
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    with zipfile.ZipFile(tmp_path / "a") as archive:
+        assert {member.date_time[0] for member in archive.infolist()} == {1980}, "not today's"
     with np.load(tmp_path / "a") as found:
         np.testing.assert_array_equal(found["arr_0"], IMAGES)
         assert found["arr_1"].dtype == np.int64 and found["mu"].tolist() == [1, 1, 1]
