@@ -94,7 +94,7 @@ class _Scores:
     def score(self, metric: str) -> Score:
         match metric:
             case "psnr":
-                return _mean(10 * np.log10(metrics.PEAK**2 / self._numbers("mse")))
+                return _mean(_psnr(self._numbers("mse")))
             case "ssim" | "ms-ssim" | "lpips":
                 return _mean(self._numbers(metric.replace("-", "_")))
             case "latent-rms":
@@ -112,8 +112,7 @@ class _Scores:
         raise ValueError(metric)
 
     def _numbers(self, name: str) -> Float[np.ndarray, " n"]:
-        with np.errstate(divide="ignore"):
-            return self._mine.whole(name).astype(np.float64)
+        return self._mine.whole(name).astype(np.float64)
 
     def _their_gaussian(self, name: str) -> Gaussian:
         if name in self._reference.gaussians:
@@ -145,6 +144,12 @@ def moments(stored: Stored, name: str) -> frechet.Moments:
         found = found or frechet.Moments.zeros(features.shape[1])
         found.add(features)
     return found
+
+
+def _psnr(mse: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+    """Of each image in dB; infinite where it equals its original."""
+    with np.errstate(divide="ignore"):
+        return 10 * np.log10(metrics.PEAK**2 / mse)
 
 
 def _mean(values: Num[np.ndarray, " n"]) -> Score:
@@ -193,7 +198,8 @@ def _entry(
         other = reference.work.n - len(Stored(out, reference.work).bad())
     standing = protocol.standing(metric, n, other, evaluation.doubts)
     finite = math.isfinite(score.value)
-    note = standing.note if finite else "infinite: an image equals its original"
+    infinite = "infinite: an image equals its original" if metric == "psnr" else "not finite"
+    note = standing.note if finite else infinite
     return {
         "label": protocol.label(metric, evaluation.kind, n, reference.name),
         "value": score.value if finite else None, "error": score.error,
