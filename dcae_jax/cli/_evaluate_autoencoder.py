@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import functools
 from typing import TYPE_CHECKING, Any
 
 from dcae_jax.cli import _evaluate_job, _options
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from dcae_jax.evals.image_sets import Batch, Records
     from dcae_jax.evals.parts import Compute
     from dcae_jax.evals.scores import Evaluation
+    from dcae_jax.models.base import AutoencoderConfig
 
 _RESOLUTION = 256  # of --images
 
@@ -185,7 +187,7 @@ def _compute(asked: Asked, net: "Autoencoder", dtype: str, originals: set[str]) 
     from dcae_jax.models.layers import Dtype
 
     placed = net.placed(asked.mesh, Dtype(dtype))
-    network, extractor = _reconstruct(placed), asked.extractor
+    network, extractor = _reconstruct(placed.cfg), asked.extractor
 
     def run(batches: "list[Batch]") -> dict[str, Any]:
         x = sharding.put_batch({"x": batches[0].image}, asked.mesh)["x"]
@@ -198,7 +200,8 @@ def _compute(asked: Asked, net: "Autoencoder", dtype: str, originals: set[str]) 
     return run
 
 
-def _reconstruct(net: "Autoencoder") -> "jax.stages.Wrapped":
+@functools.cache
+def _reconstruct(cfg: "AutoencoderConfig") -> "jax.stages.Wrapped":
     """(weights, uint8 images) -> their reconstructions, and what is known of them on the way."""
     import jax
     import jax.numpy as jnp
@@ -206,7 +209,7 @@ def _reconstruct(net: "Autoencoder") -> "jax.stages.Wrapped":
     from dcae_jax.evals import metrics
     from dcae_jax.tasks.autoencode import to_float
 
-    model = net.cfg.build()
+    model = cfg.build()
 
     def run(variables: Any, images: "jax.Array") -> "dict[str, jax.Array]":
         latents = model.apply(variables, to_float(images), method="encode")

@@ -79,16 +79,13 @@ class Extractor:
         self._params = jax.device_put(
             {name: read[name](net.path) for name, net in nets.items()}, sharding.replicated(mesh)
         )
-        self._scores = jax.jit(self._pair_scores)
-        self._resized = jax.jit(inception.resized, static_argnames="resize")
-        self._network = jax.jit(inception.network)
 
     def pairs(self, images: Images, originals: Images) -> dict[str, Float[Array, " b"]]:
         """The scores of each image and its original that are wanted."""
         if self._arrays.isdisjoint(PAIRED):
             return {}
         with jax.set_mesh(self._mesh):
-            return self._scores(self._params, images, originals)
+            return _pair_scores(self._params, images, originals, self._arrays & {*PAIRED})
 
     def features(
         self, images: Images, wanted: Collection[str] | None = None
@@ -100,8 +97,8 @@ class Extractor:
             names = [n for n in self._names(resize) if n in wanted]
             if names:
                 with jax.set_mesh(self._mesh):
-                    x = self._resized(images, resize=resize)
-                    made = self._network(self._params["inception"], x)
+                    x = _resized(images, resize=resize)
+                    made = _network(self._params["inception"], x)
                 found |= {n: getattr(made, n) for n in names}
         return found
 
@@ -110,19 +107,25 @@ class Extractor:
         logits = ("logits",) if self._preset.score is resize else ()
         return (*POOLED, *logits) if self._preset.features is resize else logits
 
-    def _pair_scores(
-        self, params: dict[str, lpips.Params], images: Images, originals: Images
-    ) -> dict[str, Float[Array, " b"]]:
-        found = {}
-        if "mse" in self._arrays:
-            found["mse"] = metrics_lib.mse(images, originals)
-        if "ssim" in self._arrays:
-            found["ssim"] = metrics_lib.ssim(images, originals)
-        if "ssim_border" in self._arrays:
-            found["ssim_border"] = metrics_lib.ssim(images, originals, border=True)
-        if "ms_ssim" in self._arrays:
-            found["ms_ssim"] = metrics_lib.ms_ssim(images, originals)
-        if "lpips" in self._arrays:
-            x, y = (v.astype("float32") / 255.0 * 2.0 - 1.0 for v in (images, originals))
-            found["lpips"] = lpips.lpips(params["lpips"], x, y, net=LPIPS_NET)
-        return found
+
+_resized = jax.jit(inception.resized, static_argnames="resize")
+_network = jax.jit(inception.network)
+
+
+@functools.partial(jax.jit, static_argnames="arrays")
+def _pair_scores(
+    params: dict[str, lpips.Params], images: Images, originals: Images, arrays: frozenset[str]
+) -> dict[str, Float[Array, " b"]]:
+    found = {}
+    if "mse" in arrays:
+        found["mse"] = metrics_lib.mse(images, originals)
+    if "ssim" in arrays:
+        found["ssim"] = metrics_lib.ssim(images, originals)
+    if "ssim_border" in arrays:
+        found["ssim_border"] = metrics_lib.ssim(images, originals, border=True)
+    if "ms_ssim" in arrays:
+        found["ms_ssim"] = metrics_lib.ms_ssim(images, originals)
+    if "lpips" in arrays:
+        x, y = (v.astype("float32") / 255.0 * 2.0 - 1.0 for v in (images, originals))
+        found["lpips"] = lpips.lpips(params["lpips"], x, y, net=LPIPS_NET)
+    return found

@@ -180,7 +180,8 @@ def _entry(
         other = reference.work.n - len(Stored(out, reference.work).bad())
     standing = protocol.standing(metric, n, other, evaluation.doubts)
     finite = math.isfinite(score.value)
-    note = standing.note if finite else "infinite: an image equals its original"
+    infinite = "infinite: an image equals its original" if metric == "psnr" else "not finite"
+    note = standing.note if finite else infinite
     return {
         "label": protocol.label(metric, evaluation.kind, n, reference.name),
         "value": score.value if finite else None, "error": score.error,

@@ -209,35 +209,29 @@ def test_batches_and_devices_change_nothing(
 # ----------------------------------------------------------------------------------- which images
 
 
-def test_the_data_and_their_names(command, given, folder, tmp_path, monkeypatch) -> None:
-    def evaluated(*options: object) -> dict:
-        shutil.rmtree(tmp_path / "out", ignore_errors=True)
-        monkeypatch.setattr(sys, "argv", ["x", *map(str, options)])  # config_flags looks there
-        code, _, complaints = command(*given, *CHEAP, *options)
-        assert code == 0, complaints
-        return record(tmp_path / "out")["results"][0]
+def test_the_data_and_their_names(given, folder, monkeypatch) -> None:
+    def asked(*options: object) -> tuple[str, int]:
+        """(what scores call the data, how many images) of what would be evaluated."""
+        argv = [str(a) for a in (*given[1:], *CHEAP, *options)]
+        monkeypatch.setattr(sys, "argv", ["x", *argv])  # config_flags looks there
+        (found,) = evaluate._job(*evaluate._parser().parse_known_args(argv)).evaluations
+        assert found.protocol["data"] == found.reference.name
+        return found.reference.name, found.work.n
 
-    def label(result: dict) -> str:
-        return result["scores"]["psnr"]["label"]
-
-    own = evaluated()
-    assert label(own) == "psnr8[dcae_jax_tiny_images-test-32]" and own["protocol"]["n"] == 8
-    assert label(evaluated("--split", "train", "--n", 5)).startswith(
-        "psnr5[dcae_jax_tiny_images-tr"
-    )
-    found = evaluated("--images", folder, "--resolution", 24)
-    assert label(found) == "psnr5[photos-24]" and found["protocol"]["split"] == "train"
-    assert label(evaluated("--images", folder, "--resolution", 24, "--min-size", 40)) == label(
-        found
-    )
-    named = evaluated("--images", folder, "--resolution", 24, "--data-name", "imagenet-val")
-    assert label(named) == "psnr5[imagenet-val-24]"
+    tiny, photos = "dcae_jax_tiny_images", ["--images", folder, "--resolution", 24]
+    assert asked() == (f"{tiny}-test-32", 8), "what the run's evaluators look at"
+    assert asked("--split", "train", "--n", 5) == (f"{tiny}-train-32", 5)
+    assert asked(*photos) == ("photos-24", 5)
+    assert asked(*photos, "--min-size", 41) == ("photos-24", 4), "one is smaller"
+    assert asked(*photos, "--data-name", "imagenet-val") == ("imagenet-val-24", 5)
     config = f"--config={runs.ROOT / runs.CONFIG}:phase1"
-    assert label(evaluated(config)) == label(own), "what the config's evaluators look at"
-    assert "-train-16]" in label(evaluated(config, "--config.data.split=train", "--resolution", 16))
+    assert asked(config) == (f"{tiny}-test-32", 8)
+    changed = (config, "--config.data.split=train", "--resolution", 16)
+    assert asked(*changed) == (f"{tiny}-train-16", 24)
     (folder / "val").mkdir()
     Image.fromarray(networks.picture(40, 60, 7)).save(folder / "val" / "x.png")
-    assert label(evaluated("--images", folder, "--resolution", 24)) == "psnr1[photos-val-24]"
+    pipeline._OPEN.clear()  # as in a new process: folders are listed once
+    assert asked(*photos) == ("photos-val-24", 1)
 
 
 def test_equal_images_have_an_infinite_psnr_which_is_null(command, given, tmp_path, monkeypatch):
