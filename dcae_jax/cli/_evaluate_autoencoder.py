@@ -54,6 +54,7 @@ def _data(
     if overrides and args.images:
         raise UserError("--config and --images both name data; give one of them")
     if args.images:
+        _evaluate_job.require_folder("--images", args.images)
         split = args.split or sources.held_out_split(args.images)
         data = DataConfig(FolderConfig(args.images), split, _RESOLUTION)
     else:

@@ -124,15 +124,11 @@ def _resolution(args: argparse.Namespace) -> int | None:
 
 
 def _folder(args: argparse.Namespace, option: str, path: str) -> "DataConfig":
-    from etils import epath
-
     from dcae_jax.data import sources
     from dcae_jax.data.pipeline import DataConfig, Transform
     from dcae_jax.data.sources import FolderConfig
-    from dcae_jax.errors import UserError
 
-    if not epath.Path(path).expanduser().is_dir():
-        raise UserError(f"{option} {path} is no folder, and no npz")
+    _evaluate_job.require_folder(option, path)
     split = args.split or sources.held_out_split(path)
     return DataConfig(
         FolderConfig(path), split, transform=Transform.center_crop, flip=False, cache_mb=0,

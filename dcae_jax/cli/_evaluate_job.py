@@ -242,6 +242,16 @@ def _check_protocol(
 _STATISTICS = {"pool": "mu and sigma, which FID needs", "spatial": "mu_s and sigma_s (sFID's)"}
 
 
+def require_folder(option: str, path: str) -> None:
+    """UserError if it is none."""
+    from etils import epath
+
+    from dcae_jax.errors import UserError
+
+    if not epath.Path(path).expanduser().is_dir():
+        raise UserError(f"{option} {path} is no folder of images")
+
+
 def check_data_name(args: argparse.Namespace) -> None:
     """UserError if --data-name cannot stand in the name of a score."""
     import re
@@ -295,10 +305,16 @@ def reference(asked: Asked, images: "ImageSet", work: "Work", prefix: str) -> "R
 
 def _work_of_reference(asked: Asked, side: int, needed: set[str]) -> "Work":
     """Features of the images in the file of a reference."""
+    from dcae_jax.errors import UserError
     from dcae_jax.evals.image_sets import NpzImages
     from dcae_jax.evals.parts import Work
 
     given = asked.reference
+    if given.images.side != side:
+        raise UserError(
+            f"the reference {given.name} has images of {given.images.width} x "
+            f"{given.images.height} px, these have {side} x {side}"
+        )
     images = NpzImages(given.images, given.name, given.digest, side)
     return Work(
         "reference", (images,), asked.batch, lambda: features(asked, needed), numbers(needed)

@@ -413,7 +413,7 @@ def test_mistakes_are_told_before_any_weights_are_read(
         (["--min-size", -1], "--min-size -1"),
         (["--nets", tmp_path], "python -m dcae_jax import-net inception"),
         (["--nets", tmp_path, "--metrics", "lpips"], "python -m dcae_jax import-net lpips-alex"),
-        (["--images", "nowhere"], "is not a folder"),
+        (["--images", "nowhere"], "--images nowhere is no folder of images"),
         (["--images", folder, f"--config={runs.CONFIG}"], "both name data"),
         (["--data-name", "a/b"], "must be letters"),
         (["--reference", "nowhere.npz"], "nowhere.npz"),

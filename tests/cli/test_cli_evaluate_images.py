@@ -182,7 +182,7 @@ def test_mistakes_are_told_before_anything_is_computed(
         ([*pair, "--n", 13], "ask for at most 12"),
         ([*pair, "--metrics", "psnr", "--n", 13], "has 12 images"),
         ([*pair, "--resolution", "16,20"], "sets of images have one"),
-        (["--images", made, "--against", "nowhere"], "--against nowhere is no folder, and no npz"),
+        (["--images", made, "--against", "nowhere"], "--against nowhere is no folder of images"),
         (["--images", made, "--against", larger], "are of 24 px, --against"),
         (["--images", mixed, "--against", val], "no squares of one size (11 of 24 x 24 px"),
         (["--images", tmp_path / "text", "--against", val], "none of its 1 files is an image"),
