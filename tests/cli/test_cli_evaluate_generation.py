@@ -7,7 +7,7 @@ import json
 import pathlib
 import shutil
 
-import frozen
+import frozen_nets
 import jax
 import numpy as np
 import pytest
@@ -35,7 +35,7 @@ def train(tmp_path_factory) -> tuple[pathlib.Path, frechet.Gaussian]:
     """(statistics of a training set that is made up, written as --write-reference does, them)."""
     path = tmp_path_factory.mktemp("reference") / "train.npz"
     pool = frechet.gaussian(np.random.default_rng(0).normal(size=(9, 128)))
-    net = inception.info(frozen.folder() / "inception.safetensors")
+    net = inception.info(frozen_nets.folder() / "inception.safetensors")
     about = {"resize": {"features": "half_pixel"}, "nets": {"inception": net["params_sha256"]}}
     reference.write(str(path), name="train-16", n=5000, resolution=SIDE, protocol=about, pool=pool)
     return path, pool
@@ -53,7 +53,7 @@ def one_device():
 @pytest.fixture
 def given(run, train, tmp_path) -> list:
     """The options of most tests."""
-    argv = ["evaluate", "--from", run, "--reference", train[0], "--nets", frozen.folder()]
+    argv = ["evaluate", "--from", run, "--reference", train[0], "--nets", frozen_nets.folder()]
     return [*argv, "--n", N, "--batch", 4, "--out", tmp_path / "out"]
 
 
@@ -61,7 +61,7 @@ def given(run, train, tmp_path) -> list:
 def scored(run, train, tmp_path_factory) -> tuple[pathlib.Path, str]:
     """(a folder of scores with the features kept, what was said); do not write into it."""
     out, said = tmp_path_factory.mktemp("scored") / "out", io.StringIO()
-    argv = ["--from", run, "--reference", train[0], "--nets", frozen.folder(), "--keep-parts"]
+    argv = ["--from", run, "--reference", train[0], "--nets", frozen_nets.folder(), "--keep-parts"]
     with contextlib.redirect_stdout(said):
         argv += ["--n", N, "--batch", 4, "--out", out]
         assert evaluate.main([str(a) for a in argv]) == 0
@@ -167,7 +167,15 @@ def test_a_killed_command_goes_on_with_drawing_and_with_scoring(
 def test_a_folder_of_sample_is_scored_as_it_is(command, scored, train, tmp_path):
     folder, out = tmp_path / "drawn", tmp_path / "scores"
     shutil.copytree(scored[0] / "samples", folder)
-    given = ["evaluate", "--samples", folder, "--reference", train[0], "--nets", frozen.folder()]
+    given = [
+        "evaluate",
+        "--samples",
+        folder,
+        "--reference",
+        train[0],
+        "--nets",
+        frozen_nets.folder(),
+    ]
     given += ["--batch", 7, "--out", out]
     code, _, complaints = command(*given)
     assert code == 0, complaints
@@ -185,7 +193,7 @@ def test_a_folder_of_sample_is_scored_as_it_is(command, scored, train, tmp_path)
 
 
 def test_mistakes_are_told_before_anything_is_drawn(command, given, workdir, train, tmp_path):
-    plain, folder = given[:3], ["--nets", frozen.folder(), "--out", tmp_path / "out"]
+    plain, folder = given[:3], ["--nets", frozen_nets.folder(), "--out", tmp_path / "out"]
     ask = "evaluate --images TRAIN --resolution 16 --protocol adm --write-reference ref.npz"
     for argv, said in (
         ([*plain, *folder, "--protocol", "adm"], ask),
@@ -219,7 +227,7 @@ def test_labels_follow_the_preset_unless_they_are_named(run, train, tmp_path):
     from dcae_jax.cli import _evaluate_generation
 
     def order(*more):
-        argv = ["--from", run, "--nets", frozen.folder(), "--out", tmp_path / "x", *more]
+        argv = ["--from", run, "--nets", frozen_nets.folder(), "--out", tmp_path / "x", *more]
         args = evaluate._parser().parse_args([str(a) for a in (*argv, "--metrics", "is")])
         assert isinstance(args, argparse.Namespace)
         (found,) = _evaluate_generation.job(args).evaluations

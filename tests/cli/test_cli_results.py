@@ -4,7 +4,7 @@ import dataclasses
 import json
 import re
 
-import frozen
+import frozen_nets
 import jax
 import metrics_files
 import networks
@@ -61,7 +61,7 @@ def test_an_evaluation_says_whose_release_was_imported(workdir) -> None:
 def test_an_evaluation_of_samples_says_whose_release_it_is(workdir, tmp_path, monkeypatch) -> None:
     name = f"{IN64}-uvit-h-in-512px"
     run = samples.save(tmp_path / "run", samples.manifest_of(workdir))
-    argv = ["--from", run, "--metrics", "is", "--nets", frozen.folder(), "--n", 16]
+    argv = ["--from", run, "--metrics", "is", "--nets", frozen_nets.folder(), "--n", 16]
     args, _ = evaluate._parser().parse_known_args([*map(str, argv), "--out", str(tmp_path / "out")])
     assert "release" not in _evaluate_generation.job(args).evaluations[0].subject
     meta = checkpoint.source_meta

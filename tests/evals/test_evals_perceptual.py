@@ -2,7 +2,7 @@
 
 import functools
 
-import frozen
+import frozen_nets
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,7 +31,7 @@ def make(**changes):
     evaluator.data.resolution, evaluator.data.transform = SIDE, Transform.center_crop
     evaluator.name = "test"
     values = {"n": N, "pictures": 0, "training_pictures": 0, "lpips": LpipsNet.alex}
-    values |= {"ms_ssim": True, "rfid": True, "nets": str(frozen.folder())} | changes
+    values |= {"ms_ssim": True, "rfid": True, "nets": str(frozen_nets.folder())} | changes
     for name, value in values.items():
         setattr(evaluator, name, value)
     return cfg
@@ -89,7 +89,7 @@ def test_scores_of_a_known_output_against_plain_computations(scored, images):
     found, seen, pools = scored
     assert tuple(found) == make().evals[0].metrics() and found["n"] == N
     assert list(found)[-3:] == ["lpips", "ms_ssim", "rfid5"]
-    net = lpips.load(frozen.folder() / "lpips_alex.safetensors", lpips.ALEXNET)
+    net = lpips.load(frozen_nets.folder() / "lpips_alex.safetensors", lpips.ALEXNET)
     y, x = (jnp.asarray(v.astype(np.float32) / 255 * 2 - 1) for v in (images // 2, images))
     expected = float(np.mean(jax.jit(functools.partial(lpips.lpips, net=lpips.ALEXNET))(net, y, x)))
     assert found["lpips"] == pytest.approx(expected, rel=1e-5)

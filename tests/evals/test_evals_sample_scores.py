@@ -4,7 +4,7 @@ import itertools
 import json
 
 import diffusing
-import frozen
+import frozen_nets
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,7 +31,7 @@ def make(**changes):
     values = {"scores": ALL, "n": N, "held_out": HELD_OUT, "batch": 4, "pictures": 2} | changes
     scores = SampleScoresConfig(
         data=LatentDataConfig(split="test", threads=1), sampler=DPM2MConfig(steps=3),
-        nets=str(frozen.folder()), **values,
+        nets=str(frozen_nets.folder()), **values,
     )  # fmt: skip
     return diffusing.make(evals=[scores])
 

@@ -4,7 +4,7 @@ import json
 import shutil
 import time
 
-import frozen
+import frozen_nets
 import numpy as np
 import pytest
 import runs
@@ -150,7 +150,7 @@ def test_the_best_by_rfid_is_saved_and_kept_also_if_its_evaluation_is_interrupte
     def go(poll=None):
         cfg = runs.make_config("phase1", **{"checkpoint.keep": 1} | best)
         (evaluator,) = cfg.evals
-        evaluator.rfid, evaluator.nets = True, str(frozen.folder())
+        evaluator.rfid, evaluator.nets = True, str(frozen_nets.folder())
         evaluator.at_start, evaluator.pictures, evaluator.training_pictures = False, 0, 0
         config.validate(cfg, 1)
         with runs.devices(1):
