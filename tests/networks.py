@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import runs
 import tiny
+from eager import eagerly
 from etils import epath
 from PIL import Image
 
@@ -21,7 +22,7 @@ AVERAGE = 1.1  # the EMA of a saved workdir is its parameters times this
 def variables(model: AutoencoderConfig, seed: int = 0) -> dict:
     """Random weights of the scale of initialisation."""
     image = jnp.zeros((1, model.factor, model.factor, 3))
-    return _quickly(model.build().init)(jax.random.key(seed), image)
+    return eagerly(lambda key: model.build().init(key, image), jax.random.key(seed))
 
 
 def _quickly(fn: Callable) -> Callable:
@@ -63,8 +64,7 @@ def save(
         recipes.use_model(cfg, model)
         config.resolve(cfg)
     task = cfg.task.build(cfg)
-    key = rng.key(seed, 0, "init")  # an argument: one program for all seeds
-    state = _quickly(lambda key: step.init_state(task, cfg, key))(key)
+    state = eagerly(lambda key: step.init_state(task, cfg, key), rng.key(seed, 0, "init"))
     ae = {**state.params["ae"], **(frozen or {})}
     params = {**state.params, "ae": ae}
     average = jax.tree.map(lambda x: x * np.float32(AVERAGE), {"params": params})

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import tempfile
@@ -100,9 +101,10 @@ def run(arg, workdir, *, poll=None, count=1, force=False, **changes):
 # ------------------------------------------------------------------------------- in real processes
 
 
-def environment(**more):
+def environment(devices=1, **more):
+    """That of a process with so many fake devices, compiling as this one does."""
     env = dict(os.environ, PYTHONPATH=f"{ROOT / 'tests'}", JAX_PLATFORMS="cpu")
-    env["XLA_FLAGS"] = "--xla_force_host_platform_device_count=1"
+    env["XLA_FLAGS"] = re.sub(r"device_count=\d+", f"device_count={devices}", env["XLA_FLAGS"])
     return env | {k: str(v) for k, v in more.items()}
 
 
@@ -146,8 +148,18 @@ def steps(workdir):
     return sorted(int(n) for n in names if n.isdigit())
 
 
+_targets = {}
+
+
 def target(cfg, count=1):
-    """Abstract state of a config on so many devices."""
+    """Abstract state of a config on so many devices; traced once."""
+    key = json.dumps(config.to_json(cfg), sort_keys=True), count, sharding.SMALL
+    if key not in _targets:
+        _targets[key] = _target(cfg, count)
+    return _targets[key]
+
+
+def _target(cfg, count):
     task = cfg.task.build(cfg)
     mesh = sharding.make_mesh(cfg.mesh, jax.devices()[:count])
     abstract = jax.eval_shape(lambda: step.init_state(task, cfg, rng.key(cfg.seed, 0, "init")))
