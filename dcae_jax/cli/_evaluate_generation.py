@@ -63,6 +63,8 @@ def job(args: argparse.Namespace) -> Job:
     drawn = _sample_job.job_of(wanted)
     record = _sample_folder.settings(drawn) | {"n": drawn.n}
     found = _evaluation(args, asked, drawn.out, record, drawn.model.manifest.plan.resolution)
+    if args.autoencoder:  # who decodes is part of what was asked for
+        found.subject["autoencoder"] = args.autoencoder
     if _diffusion.ORIGIN in drawn.model.meta:  # still the weights of an import
         found.subject["release"] = drawn.model.meta[_diffusion.ORIGIN]["release"]
 

@@ -199,6 +199,8 @@ def _evaluation(
     reference = _evaluate_job.reference(asked, others or images, other, prefix)
     crop = _AS_THEY_ARE if args.resolution is None else protocol.CROP
     about = {"crop": crop} | _evaluate_job.about(asked, images, reference)
+    if paired:
+        about |= {"originals": others.name, "originals_digest": others.digest}
     subject = {"source": args.images, "digest": images.digest}
     return Evaluation(
         str(images.side), asked.kind, subject, asked.metrics, work, reference, about,

@@ -342,6 +342,7 @@ def about(asked: Asked, images: "ImageSet", reference: "Reference") -> dict[str,
     found |= {k: text for k, text in protocol.CONVENTIONS.items() if k in asked.metrics}
     if asked.nets:
         found["nets"] = {name: net.sha256 for name, net in asked.nets.items()}
+        found["nets_dtype"] = protocol.NETS_DTYPE
     return found | {"commit": provenance.commit()}
 
 

@@ -193,6 +193,8 @@ def _compute(job: "Job") -> None:
     _evaluate_folder.check_space(job, [(work, len(those)) for work, those in missing])
     mine = [(w, those[jax.process_index() :: jax.process_count()]) for w, those in missing]
     images = sum(len(work.span(part)) for work, those in mine for part in those)
+    if images:
+        say(f"{images} image(s); the first ones wait for programs that are compiled")
     with _bar(images) as bar:
         for work, those in mine:
             parts.compute(job.out, work, those, job.skip_bad, bar.update)

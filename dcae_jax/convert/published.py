@@ -37,16 +37,24 @@ def _reconstruction(
     weights: str, data: str, n: int, resolution: int, scores: Mapping[str, str], source: str,
     note: str = "",
 ) -> Published:  # fmt: skip
-    protocol = {
-        "preset": "dcae", "data": f"{data}-{resolution}", "n": n, "dtype": "float32",
-    }  # fmt: skip
+    name = f"{data}-{resolution}"  # rFID is to the originals themselves
+    protocol = {"preset": "dcae", "data": name, "reference": name, "n": n, "dtype": "float32"}
     return Published(weights, "autoencoder", protocol, scores, source, note)
 
 
+_TRAINING_IMAGES = 1_281_167  # of ImageNet: the reference of published gFIDs
+_SAMPLERS: dict[str, dict[str, Any]] = {
+    "uvit": {"sampler": "dpm_fast", "steps": 30},
+    "usit": {"sampler": "dopri5"},
+    "dit": {"sampler": "ddpm", "steps": 250},
+}
+
+
 def _generation(weights: str, guidance: float, fid: str) -> Published:
+    family = next(name for name in _SAMPLERS if f"-{name}-" in weights)
     protocol = {
         "preset": "dcae", "n": 50_000, "resolution": 512, "labels": "random",
-        "guidance.scale": guidance,
+        "guidance.scale": guidance, "reference_n": _TRAINING_IMAGES, **_SAMPLERS[family],
     }  # fmt: skip
     return Published(weights, "generation", protocol, {"gfid": fid}, README)
 
@@ -101,9 +109,16 @@ def of(weights: str, kind: str) -> list[Published]:
 
 
 def misses(published: Published, protocol: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """{field: (ours, published)} of what keeps a protocol from being the published one."""
+    """{field: (ours, published)} of what keeps a protocol from being the published one.
+
+    Without a score that is compared with a reference there is none to differ.
+    """
     ours = config.flatten(protocol)
-    found = {name: (ours.get(name), wanted) for name, wanted in published.protocol.items()}
+    wanted = {
+        k: v for k, v in published.protocol.items()
+        if not k.startswith("reference") or "reference" in ours
+    }  # fmt: skip
+    found = {name: (ours.get(name), value) for name, value in wanted.items()}
     return {name: pair for name, pair in found.items() if pair[0] != pair[1]}
 
 

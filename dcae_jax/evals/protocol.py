@@ -21,6 +21,7 @@ FILE = "metrics.json"
 POOL = 2048  # features whose covariance FID needs: singular for fewer images
 QUANTISATION = "uint8 = trunc(clamp(255 (0.5 y + 0.5) + 0.5, 0, 255)), originals too"
 CROP = "centre, halved by box filters and resized by bicubic as ADM"
+NETS_DTYPE = "float32, matmul precision highest"
 CONVENTIONS = {  # of metrics
     "ssim": "windows inside the image (torchmetrics before 1.5, scikit-image)",
     "ssim-border": "borders reflected and counted (torchmetrics 1.5 and later)",
@@ -184,17 +185,19 @@ _FEATURES = frozenset(("fid", "sfid", "kid", "precision", "recall"))
 _MATTERS = {
     "reference_digest": _FEATURES,
     "reference_n": _FEATURES,
+    "originals_digest": frozenset(name for name, about in METRICS.items() if about.paired),
     "resize.features": _FEATURES,
     "resize.is": frozenset(("is",)),
     "nets.inception": _FEATURES | {"is"},
     "nets.lpips": frozenset(("lpips",)),
+    "nets_dtype": _FEATURES | {"is", "lpips"},
     "ssim": frozenset(("ssim",)),
     "ssim-border": frozenset(("ssim-border",)),
     "is": frozenset(("is",)),
     "lpips": frozenset(("lpips",)),
 }
 # Shown, and no hindrance: how the code was, and names of what has a digest.
-_SHOWN = ("commit", "versions", "preset", "data", "split", "reference")
+_SHOWN = ("commit", "versions", "preset", "data", "split", "reference", "originals")
 
 
 class Comparison(NamedTuple):

@@ -25,9 +25,10 @@ FORMAT = "dcae_jax.net"
 Params = dict[str, Any]  # nested; the leaves are float32 arrays, or their shapes
 
 
-def command(name: str) -> str:
-    """What to run for the weights of a network."""
-    return f"python -m dcae_jax import-net {name}"
+def command(name: str, path: epath.Path | None = None) -> str:
+    """What to run for the weights of a network, where they are looked for elsewhere too."""
+    elsewhere = path is not None and path != default_path(name)
+    return f"python -m dcae_jax import-net {name}" + (f" --out {path}" if elsewhere else "")
 
 
 def default_path(name: str) -> epath.Path:
@@ -56,9 +57,9 @@ def load(name: str, path: epath.PathLike | None, shapes: Params) -> Params:
     try:
         flat = safetensors.numpy.load(place.read_bytes())
     except (safetensors.SafetensorError, ValueError, KeyError) as e:
-        raise UserError(f"{place} is damaged ({e}). Run: {command(name)}") from e
+        raise UserError(f"{place} is damaged ({e}). Run: {command(name, place)}") from e
     if metadata.get("params_sha256") != _digest(flat):
-        raise UserError(f"{place} is damaged (its digest differs). Run: {command(name)}")
+        raise UserError(f"{place} is damaged (its digest differs). Run: {command(name, place)}")
     expected = tree.flatten(shapes)
     return tree.unflatten({key: take(flat, key, leaf.shape) for key, leaf in expected.items()})
 
@@ -67,17 +68,21 @@ def info(name: str, path: epath.PathLike | None = None) -> dict[str, str]:
     """What the file says of itself; only its head is read."""
     place = _place(name, path)
     if not place.exists():
-        raise UserError(f"no weights of {name} at {place}. Make the file with: {command(name)}")
+        raise UserError(
+            f"no weights of {name} at {place}. Make the file with: {command(name, place)}"
+        )
     try:
         with place.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             metadata = json.loads(file.read(min(length, 1 << 24))).get("__metadata__", {})
     except (ValueError, AttributeError) as e:
-        raise UserError(f"{place} is no safetensors file ({e}). Run: {command(name)}") from e
+        raise UserError(f"{place} is no safetensors file ({e}). Run: {command(name, place)}") from e
     if metadata.get("format") != FORMAT:
         raise UserError(f"{place} was not written by `{command(name)}`: run it on the files.")
     if metadata["net"] != name:
-        raise UserError(f"{place} holds {metadata['net']}, expected {name}. Run: {command(name)}")
+        raise UserError(
+            f"{place} holds {metadata['net']}, expected {name}. Run: {command(name, place)}"
+        )
     return metadata
 
 

@@ -110,3 +110,14 @@ def test_scores_without_a_value_are_not_compared() -> None:
     other["scores"]["psnr"]["value"] = None
     del other["scores"]["is"]
     assert protocol.compare(RESULT, other).deltas.keys() == {"rfid", "lpips"}
+
+
+def test_pairs_with_other_originals_are_not_compared() -> None:
+    """Of two folders: PSNR belongs to the images that they were held against, FID does not."""
+    a, b = (
+        changed(originals="p2", originals_digest="1"),
+        changed(originals="p3", originals_digest="2"),
+    )
+    found = protocol.compare(a, b)
+    assert found.differing == {name: {"originals_digest": ("1", "2")} for name in ("psnr", "lpips")}
+    assert found.deltas.keys() == {"rfid", "is"} and found.shown == {"originals": ("p2", "p3")}

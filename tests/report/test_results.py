@@ -26,7 +26,8 @@ def cells(made, row=0, section=0):
 
 
 def guided(scale):
-    return protocol(guidance={"scale": scale, "start": 0.0}, labels="random")
+    drawn = {"sampler": "dpm_fast", "steps": 30, "labels": "random", "reference_n": 1_281_167}
+    return protocol(guidance={"scale": scale, "start": 0.0}, **drawn)
 
 
 def gather(*folders, weights=None):
@@ -234,6 +235,22 @@ def test_each_guidance_meets_its_own_published_score(tmp_path):
     assert first.beside[0].lines[0][2:] == ("13.96", "+0.002", "within rounding")
     assert second.beside[0].lines[0][2:] == ("3.01", "+0.010", "differs")
     assert not first.elsewhere and not second.elsewhere
+
+
+def test_published_scores_are_of_their_reference_and_their_sampler():
+    """rFID is to the originals; gFID to all training images, by the sampler of the family."""
+    (there,) = published.of(IN64, "autoencoder")
+    assert not published.misses(there, protocol())
+    other = published.misses(there, protocol(reference="imagenet-train-512"))
+    assert other == {"reference": ("imagenet-train-512", "imagenet-val-512")}
+    alone = protocol(reference=None, reference_digest=None)
+    assert not published.misses(there, alone)  # PSNR and its like have no reference
+    first = published.of(f"{IN64}-uvit-h-in-512px", "generation")[0]
+    assert not published.misses(first, guided(1.0))
+    wrong = guided(1.0) | {"reference_n": 10_000, "sampler": "euler", "steps": 5}
+    assert published.misses(first, wrong) == {
+        "reference_n": (10_000, 1_281_167), "sampler": ("euler", "dpm_fast"), "steps": (5, 30),
+    }  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------- the page
