@@ -16,9 +16,10 @@ from dcae_jax import config, sharding, train
 from dcae_jax.data.latents import LatentDataConfig
 from dcae_jax.diffusion.samplers import DPM2MConfig
 from dcae_jax.errors import UserError
-from dcae_jax.evals import frechet, npz, reference
+from dcae_jax.evals import frechet, npz, protocol, reference
 from dcae_jax.evals.extract import Extractor
-from dcae_jax.evals.sample_scores import SampleScoresConfig, Score, Theirs, compare
+from dcae_jax.evals.feature_scores import FeatureScores
+from dcae_jax.evals.sample_scores import Held, SampleScoresConfig, Score
 from dcae_jax.report import images as pictures
 from dcae_jax.step import TrainState
 
@@ -148,8 +149,9 @@ def test_kid_of_known_features():
     y += np.float32(0.5)
     (xx, xy), (_, yy) = ([(a @ b.T / 8.0 + 1) ** 3 for b in (x, y)] for a in (x, y))
     within = sum((m.sum() - np.trace(m)) / (1000 * 999) for m in (xx, yy))
-    found = compare(["kid"], {"pool": x}, Theirs({}, {"pool": y}))
-    assert found == {"kid": pytest.approx(within - 2 * xy.mean(), rel=1e-3)}  # f32 above
+    made = FeatureScores(Held({"pool": x}, {}), Held({"pool": y}, {}), protocol.PRESETS["dcae"])
+    expected = within - 2 * xy.mean()
+    assert made.score("kid").value == pytest.approx(expected, rel=1e-3)  # f32 above
 
 
 # -------------------------------------------------------------------------------------- references
