@@ -55,12 +55,10 @@ reproduce-dcae-demo: $(READY)  ## the same on the built-in photographs; its scor
 	PYTHON=$(BIN)/python launch/reproduce_demo.sh runs/reproduced/demo
 
 test: $(READY)  ## the tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
-# Its programs are compiled as those of training: tests/conftest.py.
-test-all: export XLA_FLAGS += --xla_backend_optimization_level=3 --xla_cpu_use_fusion_emitters=true
 test-all: $(READY)  ## the tests with the long versions of the promises
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 parity: $(PARITY)/.ready  ## compare with PyTorch, live (OFFICIAL=FOLDER of DC-Gen: with it too)
 	PYTHONPATH=$(OFFICIAL) $(PARITY)/bin/python -m pytest tests/parity/live

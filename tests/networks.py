@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import runs
 import tiny
-from eager import eagerly
 from etils import epath
 from PIL import Image
 
@@ -22,7 +21,7 @@ AVERAGE = 1.1  # the EMA of a saved workdir is its parameters times this
 def variables(model: AutoencoderConfig, seed: int = 0) -> dict:
     """Random weights of the scale of initialisation."""
     image = jnp.zeros((1, model.factor, model.factor, 3))
-    return eagerly(lambda key: model.build().init(key, image), jax.random.key(seed))
+    return _quickly(model.build().init)(jax.random.key(seed), image)
 
 
 def _quickly(fn: Callable) -> Callable:
@@ -64,7 +63,8 @@ def save(
         recipes.use_model(cfg, model)
         config.resolve(cfg)
     task = cfg.task.build(cfg)
-    state = eagerly(lambda key: step.init_state(task, cfg, key), rng.key(seed, 0, "init"))
+    key = rng.key(seed, 0, "init")  # an argument: one program for all seeds
+    state = _quickly(lambda key: step.init_state(task, cfg, key))(key)
     ae = {**state.params["ae"], **(frozen or {})}
     params = {**state.params, "ae": ae}
     average = jax.tree.map(lambda x: x * np.float32(AVERAGE), {"params": params})

@@ -2,12 +2,9 @@
 models, without data.
 """
 
-import json
-
 import jax
 import jax.numpy as jnp
 import numpy as np
-from eager import eagerly
 
 from dcae_jax import config, rng, sharding, step, tree
 from dcae_jax.config import EmaConfig, GroupConfig, MeshConfig, OptimConfig, RunConfig
@@ -121,20 +118,6 @@ def batch(cfg: RunConfig, k: int = 0) -> dict[str, np.ndarray]:
 PLAINLY = {"xla_backend_optimization_level": 0}  # quick to compile, slow to run
 
 
-_fresh = {}
-
-
-def fresh(task, cfg: RunConfig):
-    """The state before the first step, on the host; made once for all meshes and microbatches."""
-    fields = config.to_json(cfg)
-    del fields["mesh"], fields["microbatches"]
-    name = json.dumps(fields, sort_keys=True)
-    if name not in _fresh:
-        made = eagerly(lambda key: step.init_state(task, cfg, key), rng.key(cfg.seed, 0, "init"))
-        _fresh[name] = jax.device_get(made)
-    return _fresh[name]
-
-
 class Trainer:
     """A compiled step on some of the fake devices; `plainly`: gradients are compiled so."""
 
@@ -142,10 +125,15 @@ class Trainer:
         self.cfg = cfg
         self.task = cfg.task.build(cfg)
         self.mesh = sharding.make_mesh(cfg.mesh, jax.devices()[:devices])
-        state = fresh(self.task, cfg)
-        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
-        self.shardings = sharding.state_shardings(abstract, self.mesh, cfg.mesh)
-        self.state = jax.device_put(state, self.shardings)
+        with jax.set_mesh(self.mesh):
+            key = rng.key(cfg.seed, 0, "init")
+            abstract = jax.eval_shape(lambda: step.init_state(self.task, cfg, key))
+            self.shardings = sharding.state_shardings(abstract, self.mesh, cfg.mesh)
+            self.state = jax.jit(
+                lambda: step.init_state(self.task, cfg, key),
+                out_shardings=self.shardings,
+                compiler_options=PLAINLY,  # it runs once
+            )()
         self._step = step.make_train_step(self.task, cfg, self.task.static(0), self.shardings)
         self.constants = constants(cfg)
         self._grads = jax.jit(

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from eager import eagerly
 
 from dcae_jax import config
 from dcae_jax.errors import UserError
@@ -43,7 +42,7 @@ def init(cfg: DCAEConfig) -> Any:
 @functools.cache
 def _init(cfg: DCAEConfig) -> Any:
     key = jax.random.key(0, impl="rbg")  # compiles many times as fast as the default generator
-    return eagerly(lambda key: dcae.init_variables(cfg, key), key)
+    return jax.jit(lambda key: dcae.init_variables(cfg, key))(key)
 
 
 def paths(tree: Any) -> list[str]:

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from eager import eagerly
 
 from dcae_jax import config, recipes, tree
 from dcae_jax.errors import UserError
@@ -33,7 +32,7 @@ def image(height: int = 16, width: int = 16) -> jax.Array:
 
 def init(cfg: KLVAEConfig) -> Any:
     key = jax.random.key(0, impl="rbg")  # compiles many times as fast as the default generator
-    return eagerly(lambda key: dcae.init_variables(cfg, key), key)
+    return jax.jit(lambda key: dcae.init_variables(cfg, key))(key)
 
 
 # ------------------------------------------------------------------------------------------ parts

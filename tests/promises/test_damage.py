@@ -13,7 +13,7 @@ import runs
 import tiny
 from etils import epath
 
-from dcae_jax import checkpoint, config, train
+from dcae_jax import checkpoint, config, rng, step, train
 from dcae_jax.config import CheckpointConfig
 from dcae_jax.errors import UserError
 from dcae_jax.models.layers import Norm
@@ -27,7 +27,7 @@ def saved(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("damage") / "run"
     cfg = runs.make_config("gan", init_from="somewhere")
     task = cfg.task.build(cfg)
-    state = jax.device_put(tiny.fresh(task, cfg))
+    state = jax.jit(lambda: step.init_state(task, cfg, rng.key(0)))()
     manager = open_(workdir)
     for k in (4, 8):
         nudged = jax.tree.map(lambda x, k=k: x + jnp.asarray(k, x.dtype), state)
@@ -278,7 +278,7 @@ def test_init_from_takes_the_evaluated_average_and_only_what_is_common(saved, in
     """EMA decays sort as strings ("0.9" < "0.99"); the config's first one is meant."""
     cfg = runs.make_config("gan", init_from="x", **{"ema.decays": (0.99, 0.9)})
     task = cfg.task.build(cfg)
-    state = jax.device_put(tiny.fresh(task, cfg))
+    state = jax.jit(lambda: step.init_state(task, cfg, rng.key(0)))()
     ema = {
         name: jax.tree.map(lambda x, v=v: x * 0 + v, t)
         for (name, t), v in zip(sorted(state.ema.items()), (9.0, 99.0), strict=True)
@@ -300,7 +300,7 @@ def test_init_from_leaves_no_statistics_and_no_layer_behind(tmp_path):
     deeper.encoder.depths = (0, 1, 2)
     cfg = runs.make_config("phase1", **{"task.model": deeper})
     task = cfg.task.build(cfg)
-    state = jax.device_put(tiny.fresh(task, cfg))
+    state = jax.jit(lambda: step.init_state(task, cfg, rng.key(0)))()
     manager = open_(tmp_path)
     manager.save(state.replace(step=jnp.int32(1)), meta(cfg))
     manager.close()

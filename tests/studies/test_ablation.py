@@ -15,7 +15,6 @@ import jax
 import numpy as np
 import pytest
 import runs
-from eager import eagerly
 from etils import epath
 
 from dcae_jax import config, distributed, rng
@@ -182,7 +181,7 @@ def test_the_arms_differ_in_the_shortcuts_alone() -> None:
 
 def test_the_arms_start_from_the_same_parameters() -> None:
     first, second = (
-        eagerly(cfg.task.build(cfg).init, rng.key(cfg.seed, 0, "init"))[0]
+        jax.jit(cfg.task.build(cfg).init)(rng.key(cfg.seed, 0, "init"))[0]
         for cfg in (ablation.arm_config(tiny(), Arm(k, 2e-3, 0)) for k in (RESIDUAL, PLAIN))
     )
     jax.tree.map(np.testing.assert_array_equal, first, second)
