@@ -191,8 +191,8 @@ class Samples:
         from dcae_jax.evals.image_sets import Batch
 
         image = np.zeros((len(positions), self.side, self.side, 3), np.uint8)
-        paths = [_sample_folder.picture_path(self.folder, i) for i in positions if i >= 0]
         real = positions >= 0
+        paths = [_sample_folder.picture_path(self.folder, i) for i in positions[real].tolist()]
         image[real] = list(pool.map(_sample_folder.read, paths))
         names = iter([path.name for path in paths])
         shown = [next(names) if there else "" for there in real]

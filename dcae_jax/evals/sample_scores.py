@@ -123,12 +123,12 @@ class SampleScoresConfig:
             said = f"knows no {wrong[0]!r}" if self.scores else "is empty"
             return [*found, f"evals: scores of {self.name} {said}; there are {there}"]
         for score in self.scores:
-            least = protocol.METRICS[score.value].least
-            known = {"n": self.n} | ({} if self.reference else {"held_out": self.held_out})
+            about, known = protocol.METRICS[score.value], {"n": self.n}
+            known |= {"held_out": self.held_out} if about.reference and not self.reference else {}
             found += [
-                f"evals: {score.value} of {self.name} needs {least} images and more, but "
+                f"evals: {score.value} of {self.name} needs {about.least} images and more, but "
                 f"{name} = {count}; raise it, or leave {score.value} out of scores"
-                for name, count in known.items() if count < least
+                for name, count in known.items() if count < about.least
             ]  # fmt: skip
         return found
 

@@ -203,7 +203,7 @@ def test_mistakes_are_told_before_anything_is_drawn(command, given, workdir, tra
         ([*given, "--protocol", "adm"], "was made with resize.features = half_pixel, not tf1"),
         ([*given, "--n", 5], "5 image(s) are too few: is needs 10 or more"),
         ([*given, "--images", tmp_path], "--images: --from is a diffusion model"),
-        ([*given, "--resolution", 32], "--resolution 32: samples are scored as they are: 16"),
+        ([*given, "--resolution", 32], "--resolution 32: samples are scored as they are, 16"),
         ([*given, "--sampler", "ddpm"], "does not fit the flow"),
         ([*given, "--seed", -1], "--seed -1"),
         ([*given, "--config=configs/demo.py"], "--config is for data of autoencoders"),

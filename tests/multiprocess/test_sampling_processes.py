@@ -14,6 +14,7 @@ pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
 
 SAMPLES = pathlib.Path(__file__).with_name("class_scores_process.py")
 FILLS = pathlib.Path(__file__).with_name("filled_process.py")
+FEATURES = pathlib.Path(__file__).with_name("inception_process.py")
 
 
 @pytest.fixture(scope="module")
@@ -63,3 +64,11 @@ def test_filled_pixels_are_equal_on_two_processes():
     (one,) = found(FILLS, given, 1, 2)
     assert len(one) == 2 and '"psnr_latent_masked"' in one[0]
     assert found(FILLS, given, 2, 1) == [one, one]
+
+
+def test_scores_of_features_are_equal_on_two_processes():
+    """Of samples and of reconstructions: each image counts once, in one process or in two."""
+    given = [diffusing.cache(), diffusing.images()]
+    (one,) = found(FEATURES, given, 1, 2)
+    assert len(one) == 2 and '"fid10"' in one[0] and '"rfid5"' in one[1]
+    assert found(FEATURES, given, 2, 1) == [one, one]
