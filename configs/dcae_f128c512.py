@@ -8,7 +8,7 @@ Expected:  not yet run.  The paper's autoencoder is at its results table (README
 Metric:    PSNR and SSIM on ImageNet validation at 256 and 1024 px (no rFID yet)
 
 What the paper states and what is chosen here: see dcae_jax/recipes.py.  Needs LPIPS
-(`python -m dcae_jax import-net lpips`) and imagenet2012 prepared as ArrayRecord: by TFDS
+(`python -m dcae_jax import-net lpips-vgg`) and imagenet2012 prepared as ArrayRecord: by TFDS
 (--config.data.source.data_dir=DIR) or by `pack` (--config.data.source.name=
 --config.data.source.directory=OUT); other data: README, "Your own data".  From scratch the decoder
 is normalised by RMS throughout; released weights have BatchNorm in its first two stages.

@@ -15,7 +15,7 @@ The numbers 16, 32, 64 and 128 are chosen here (task.channel_counts), and one is
 example where the paper says each training iteration.
 
 What the paper states and what is chosen here: see dcae_jax/recipes.py.  Needs LPIPS
-(`python -m dcae_jax import-net lpips`) and imagenet2012 prepared as ArrayRecord: by TFDS
+(`python -m dcae_jax import-net lpips-vgg`) and imagenet2012 prepared as ArrayRecord: by TFDS
 (--config.data.source.data_dir=DIR) or by `pack` (--config.data.source.name=
 --config.data.source.directory=OUT); other data: README, "Your own data".  From scratch the decoder
 is normalised by RMS throughout; released weights have BatchNorm in its first two stages.

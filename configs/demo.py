@@ -10,7 +10,7 @@ Metric:    PSNR and SSIM on held-out strips of the photographs, at 128 and 256 p
 Regions of the same photographs prove the plumbing, not generalisation.
 
 Stated by the paper: what a phase trains (the exact layers are not), L1, the PatchGAN, AdamW.
-Chosen here: all else.  LPIPS is off, since its weights need a network: see `import-net lpips`.
+Chosen here: all else.  LPIPS is off, since its weights need a network: see `import-net lpips-vgg`.
 """
 
 from dcae_jax import recipes

@@ -93,7 +93,7 @@ class LossConfig:
     l1: float = 1.0
     l2: float = 0.0
     lpips: float = 0.0  # 0: LPIPS is not computed and its file not needed
-    lpips_file: str | None = None  # safetensors; None: where `import-net lpips` puts it
+    lpips_file: str | None = None  # safetensors; None: where `import-net lpips-vgg` puts it
     kl: float = 1e-6  # with bottleneck kl
     noise: float = 0.1  # with bottleneck noise: largest scale, in units of the latent
 

@@ -37,8 +37,11 @@ def network():
     return jax.jit(inception.network)
 
 
+_RESIZED = jax.jit(inception.resized, static_argnums=1)
+
+
 def resized(images: np.ndarray, resize: Resize) -> np.ndarray:
-    return np.asarray(inception.resized(jnp.asarray(images), resize))
+    return np.asarray(_RESIZED(images, resize))
 
 
 @pytest.mark.parametrize("size", ["64x64", "96x40", "320x320"])
@@ -58,7 +61,7 @@ def test_agrees_with_pytorch_fid_and_torch_fidelity(maker, params, network, resi
 
 @pytest.mark.parametrize("side", [64, 250])
 def test_a_ramp_shows_the_positions_of_both_rules(side: int) -> None:
-    ramp = np.broadcast_to(np.arange(side, dtype=np.uint8)[:, None], (1, 8, side, 3))
+    ramp = np.broadcast_to(np.arange(side, dtype=np.uint8)[:, None], (1, side, side, 3))
     i, scale = np.arange(299), side / 299
     at = {
         Resize.half_pixel: np.clip((i + 0.5) * scale - 0.5, 0, side - 1) / 127.5 - 1,
@@ -106,6 +109,18 @@ def test_features_do_not_depend_on_the_batch(maker, params, network) -> None:
         # Sums are split differently: seen 1e-6 of the largest.
         scale = np.abs(both).max()
         np.testing.assert_allclose(one[0] / scale, both[1] / scale, atol=1e-5)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("side", [8, 9])
+def test_unpadded_convolutions_are_the_same_on_all_devices(monkeypatch, stride, side) -> None:
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(1, side, side + 2, 3)), jnp.float32)
+    params = {"kernel": rng.normal(size=(3, 3, 3, 4)).astype(np.float32), "bias": np.ones(4)}
+    layer = inception.Conv("it", 4, (3, 3), stride=stride, padded=False)
+    on_cpu = inception._conv(params, x, layer)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    np.testing.assert_allclose(inception._conv(params, x, layer), on_cpu, atol=1e-5)
 
 
 def test_params_are_arguments_not_constants(params) -> None:
