@@ -10,7 +10,7 @@ from PIL import Image
 DIGEST = "3f2a" * 16
 PROTOCOL = {
     "preset": "dcae", "n": 50_000, "data": "imagenet-val-512", "data_digest": "0123456789abcdef",
-    "reference": "imagenet-val-512", "reference_digest": "0123456789abcdef",
+    "reference": "imagenet-val-512", "reference_digest": "0123456789abcdef", "reference_n": 50_000,
     "crop": "centre", "resolution": 512, "quantisation": "uint8",
     "resize": {"features": "half_pixel"}, "weights": "ema", "dtype": "float32",
     "matmul_precision": "highest", "nets": {"inception": DIGEST, "lpips": DIGEST[::-1]},

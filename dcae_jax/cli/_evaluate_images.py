@@ -162,6 +162,11 @@ def _pairs(args: argparse.Namespace, paired: list[str]) -> tuple[list[int], list
     from dcae_jax.data import pipeline
     from dcae_jax.errors import UserError
 
+    if args.min_size:
+        raise UserError(
+            f"--min-size {args.min_size} leaves images out, and {', '.join(paired)} compare images of "
+            "one name: leave it out, or remove the small images from both folders"
+        )
     names = {}
     for option, path in (("--images", args.images), ("--against", args.against)):
         source = pipeline.open_source(_folder(args, option, path))

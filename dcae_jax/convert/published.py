@@ -38,7 +38,10 @@ def _reconstruction(
     note: str = "",
 ) -> Published:  # fmt: skip
     name = f"{data}-{resolution}"  # rFID is to the originals themselves
-    protocol = {"preset": "dcae", "data": name, "reference": name, "n": n, "dtype": "float32"}
+    protocol = {
+        "preset": "dcae", "data": name, "reference": name, "reference_n": n, "n": n,
+        "dtype": "float32",
+    }  # fmt: skip
     return Published(weights, "autoencoder", protocol, scores, source, note)
 
 
@@ -54,7 +57,8 @@ def _generation(weights: str, guidance: float, fid: str) -> Published:
     family = next(name for name in _SAMPLERS if f"-{name}-" in weights)
     protocol = {
         "preset": "dcae", "n": 50_000, "resolution": 512, "labels": "random",
-        "guidance.scale": guidance, "reference_n": _TRAINING_IMAGES, **_SAMPLERS[family],
+        "guidance.scale": guidance, "guidance.start": 0.0, "guidance.stop": 1.0,
+        "guidance.channels": 0, "reference_n": _TRAINING_IMAGES, **_SAMPLERS[family],
     }  # fmt: skip
     return Published(weights, "generation", protocol, {"gfid": fid}, README)
 

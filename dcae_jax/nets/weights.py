@@ -78,7 +78,7 @@ def info(name: str, path: epath.PathLike | None = None) -> dict[str, str]:
     except (ValueError, AttributeError) as e:
         raise UserError(f"{place} is no safetensors file ({e}). Run: {command(name, place)}") from e
     if metadata.get("format") != FORMAT:
-        raise UserError(f"{place} was not written by `{command(name)}`: run it on the files.")
+        raise UserError(f"{place} was not written by `{command(name, place)}`: run it.")
     if metadata["net"] != name:
         raise UserError(
             f"{place} holds {metadata['net']}, expected {name}. Run: {command(name, place)}"

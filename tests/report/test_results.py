@@ -27,7 +27,8 @@ def cells(made, row=0, section=0):
 
 def guided(scale):
     drawn = {"sampler": "dpm_fast", "steps": 30, "labels": "random", "reference_n": 1_281_167}
-    return protocol(guidance={"scale": scale, "start": 0.0}, **drawn)
+    guidance = {"scale": scale, "start": 0.0, "stop": 1.0, "channels": 0}
+    return protocol(guidance=guidance, **drawn)
 
 
 def gather(*folders, weights=None):
