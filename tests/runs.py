@@ -100,9 +100,9 @@ def run(arg, workdir, *, poll=None, count=1, force=False, **changes):
 # ------------------------------------------------------------------------------- in real processes
 
 
-def environment(**more):
+def environment(*, devices=1, **more):
     env = dict(os.environ, PYTHONPATH=f"{ROOT / 'tests'}", JAX_PLATFORMS="cpu")
-    env["XLA_FLAGS"] = "--xla_force_host_platform_device_count=1"
+    env["XLA_FLAGS"] += f" --xla_force_host_platform_device_count={devices}"  # the last one counts
     return env | {k: str(v) for k, v in more.items()}
 
 

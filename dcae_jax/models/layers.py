@@ -77,6 +77,7 @@ class BlockOptions(NamedTuple):
 ACTIVATIONS: dict[Act, Callable[[Array], Array]] = {Act.relu: jax.nn.relu, Act.silu: jax.nn.silu}
 
 
+@functools.cache  # one initialiser for each fan: the tests' type checker wraps each anew
 def torch_uniform(fan_in: int) -> Callable[..., Array]:
     """U(-1/sqrt(fan_in), 1/sqrt(fan_in)): what torch's kaiming_uniform(a=sqrt(5)) comes to."""
     bound = 1.0 / float(np.sqrt(fan_in))

@@ -35,8 +35,7 @@ def found(script, given, count, devices):
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     many = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": count} if count > 1 else {}
-    env = runs.environment(**many)
-    env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+    env = runs.environment(devices=devices, **many)
     env["PYTHONPATH"] = os.pathsep.join([str(runs.ROOT), env["PYTHONPATH"]])
     processes = [
         subprocess.Popen(
