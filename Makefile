@@ -58,7 +58,8 @@ test: $(READY)  ## the tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 test-all: $(READY)  ## with the long versions of the promises, compiled as in training
-	XLA_FLAGS="--xla_backend_optimization_level=3 --xla_cpu_use_fusion_emitters=true" $(BIN)/python -m pytest -n 2 --dist loadfile
+	XLA_FLAGS="--xla_backend_optimization_level=3 --xla_cpu_use_fusion_emitters=true" \
+	  $(BIN)/python -m pytest -n 2 --dist loadfile
 
 parity: $(PARITY)/.ready  ## compare with PyTorch, live (OFFICIAL=FOLDER of DC-Gen: with it too)
 	PYTHONPATH=$(OFFICIAL) $(PARITY)/bin/python -m pytest tests/parity/live
