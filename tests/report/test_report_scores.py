@@ -17,7 +17,8 @@ def run() -> Phase:
     """Scored before and after ten steps; the second evaluator has a number in its name."""
     found = {"photos-128-test": PAIRS, "samples-adm-512": SAMPLES}
     rows = [
-        {"step": k, "time": 1.8e9 + k, **{f"{e}/{m}": v + k for e, of in found.items() for m, v in of.items()}}
+        {"step": k, "time": 1.8e9 + k}
+        | {f"{e}/{m}": v + k for e, of in found.items() for m, v in of.items()}
         for k in (0, 10)
     ]
     nets = {"photos-128-test": {"nets": {"inception": RANDOM, "lpips-alex": {"published": "yes"}}}}
