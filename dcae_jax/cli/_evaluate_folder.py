@@ -41,6 +41,7 @@ def settings(job: "Job") -> dict[str, Any]:
     from dcae_jax.evals.parts import PART
 
     return {
+        "dates": {w.name: [images.dates for images in w.sets] for w in job.works()},
         "part": PART,
         "results": {
             e.name: {
@@ -55,27 +56,56 @@ def settings(job: "Job") -> dict[str, Any]:
 
 def check(job: "Job") -> None:
     """UserError if the folder is of another evaluation, else its record; on the first process."""
-    from dcae_jax import config, outputs
+    from dcae_jax import outputs
     from dcae_jax.data.latents import read_json
     from dcae_jax.errors import UserError
     from dcae_jax.evals import parts, protocol
 
     new = settings(job)
     old = read_json(job.out / _RECORD)
+    decide = ("part", "results")
     started = parts.any_there(job.out) or (job.out / protocol.FILE).exists()
-    if not (isinstance(old, dict) and old.keys() == new.keys()):
+    if not (isinstance(old, dict) and old.keys() >= {*decide}):
         inside = {p.name for p in job.out.iterdir()} - {_RECORD, "samples"}
         if inside:
             raise UserError(
                 f"--out {job.out} is not empty and has no whole {_RECORD}; give a new folder"
             )
-    elif started and (changes := config.diff(old, json.loads(json.dumps(new)))):
+    elif started and (changes := _changes(old, new, decide)):
         lines = "\n".join(f"  - {k}: {short(a)} -> {short(b)}" for k, (a, b) in changes.items())
         raise UserError(
             f"--out {job.out} holds another evaluation, finished or not:\n{lines}\nGive a new "
             "folder, or the same options to continue"
         )
+    elif started and old.get("dates") not in (None, new["dates"]):
+        _look_again(job)
     outputs.write(job.out / _RECORD, json.dumps(new, indent=1).encode())
+
+
+def _changes(old: dict[str, Any], new: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    """What of these fields differs."""
+    from dcae_jax import config
+
+    made = json.loads(json.dumps(new))
+    return config.diff(*({name: record[name] for name in names} for record in (old, made)))
+
+
+def _look_again(job: "Job") -> None:
+    """Files were written since: UserError if scores are of other pixels; such parts are removed."""
+    from dcae_jax.errors import UserError
+    from dcae_jax.evals import parts, scores
+
+    say("files of the images were written after they were last looked at here: comparing pixels")
+    if (record := finished(job)) is not None:
+        results = {result["name"]: result for result in record["results"]}
+        others = [n for e in job.evaluations for n in scores.changed(e, results[e.name])]
+        if others:
+            raise UserError(
+                f"--out {job.out} holds the scores of other images: the files of "
+                f"{', '.join(dict.fromkeys(others))} have changed since; give a new folder"
+            )
+    elif removed := sum(parts.remove_changed(job.out, work) for work in job.works()):
+        say(f"{removed} part(s) are of images that have changed since, and are computed anew")
 
 
 def finished(job: "Job") -> dict[str, Any] | None:

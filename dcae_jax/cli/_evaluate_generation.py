@@ -97,7 +97,7 @@ def _evaluation(
     """The scores of a folder whose record is known, while its samples need not be there yet."""
     from dcae_jax.evals import protocol
     from dcae_jax.evals.parts import Work
-    from dcae_jax.evals.scores import Evaluation, least_images
+    from dcae_jax.evals.scores import Evaluation, Pixels, least_images
 
     _check_reference(args, asked, side)
     images = Samples(folder, record["n"], side)
@@ -115,6 +115,7 @@ def _evaluation(
     return Evaluation(
         _FOLDER, asked.kind, subject, asked.metrics, work, reference, about, asked.doubts(),
         lambda out, caption: _grid(out, work, caption),
+        (Pixels(work, 0, "subject", ("pixels",)),),
     )  # fmt: skip
 
 
@@ -181,6 +182,7 @@ class Samples:
     side: int
     name: str = _FOLDER
     digest: str = ""  # the protocol says what decides them
+    dates: str = ""  # and those that were drawn here are not looked at again
 
     @contextlib.contextmanager
     def batches(self, wanted: "np.ndarray", batch: int) -> "Iterator[Iterator[Batch]]":

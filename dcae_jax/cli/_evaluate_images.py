@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from dcae_jax.data.pipeline import DataConfig
     from dcae_jax.evals.image_sets import Batch, ImageSet
     from dcae_jax.evals.parts import Compute, Work
-    from dcae_jax.evals.scores import Evaluation
+    from dcae_jax.evals.scores import Evaluation, Pixels
 
 _CELL = 192  # pixels of a picture in the grid
 _AS_THEY_ARE = "none: images of one size"
@@ -214,7 +214,21 @@ def _evaluation(
     return Evaluation(
         str(images.side), asked.kind, subject, asked.metrics, work, reference, about,
         asked.doubts(), lambda out, caption: _grid(out, work, reference.work, paired, caption),
+        _pixels(asked, work, other, paired),
     )  # fmt: skip
+
+
+def _pixels(asked: Asked, work: "Work", other: "Work | None", paired: bool) -> "tuple[Pixels, ...]":
+    """Where it is written what the images, and those that they are compared with, look like."""
+    from dcae_jax.evals.scores import Pixels
+
+    mine = Pixels(work, 0, "subject", ("pixels",))
+    if other is None:
+        return (mine,)
+    compared = ["reference_pixels"] if asked.reference_arrays() else []
+    if paired:
+        return mine, Pixels(work, 1, "protocol", ("originals_pixels", *compared))
+    return mine, Pixels(other, 0, "protocol", (*compared,))
 
 
 def _works(

@@ -4,6 +4,7 @@ import contextlib
 import io
 import itertools
 import json
+import os
 import pathlib
 import shutil
 import signal
@@ -311,6 +312,42 @@ def test_a_finished_folder_says_so_and_others_are_refused(
     code, _, complaints = command(*given, "--out", tmp_path / "full")
     assert code == 2 and "is not empty and has no whole evaluate.json" in complaints
     assert [p.name for p in (tmp_path / "full").iterdir()] == ["thesis.txt"]
+
+
+def test_files_of_the_same_size_with_other_pixels_are_other_images(
+    command, given, small_parts, tmp_path, monkeypatch
+) -> None:
+    """Names and sizes say nothing: of four bitmaps the last one changes."""
+    folder, out = tmp_path / "bitmaps", tmp_path / "out"
+    folder.mkdir()
+
+    def save(i: int, seed: int, age: int) -> None:
+        Image.fromarray(networks.picture(32, 32, seed)).save(folder / f"{i}.bmp")
+        os.utime(folder / f"{i}.bmp", (age, age))
+        pipeline._OPEN.clear()  # as in a new process
+
+    for i in range(4):
+        save(i, i, 1_000_000)
+    given = [*given, "--metrics", "psnr", "--images", folder, "--resolution", 32]
+    first = [*given, "--out", tmp_path / "first"]
+    assert command(*first)[0] == 0
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(evaluate, "_finish", lambda *a: (_ for _ in ()).throw(Killed))
+        command(*given)
+    save(3, 3, 2_000_000)
+    code, said, complaints = command(*first)
+    assert code == 0 and "comparing pixels" in said and "finished already" in said, complaints
+    assert "comparing pixels" not in command(*first)[1], "it is known from now on"
+    save(3, 9, 3_000_000)
+    code, _, complaints = command(*first)
+    assert code == 2 and "scores of other images: the files of bitmaps-32 have" in complaints
+    code, said, complaints = command(*given)
+    assert code == 0 and "1 part(s) are of images that have changed since" in said, complaints
+    assert "1 part(s) there already" in said
+    one, two = (record(path)["results"][0]["protocol"] for path in (tmp_path / "first", out))
+    assert one["data_digest"] == two["data_digest"] and one["data_pixels"] != two["data_pixels"]
+    code, said, _ = command("results", "--compare", tmp_path / "first", out)
+    assert code == 1 and "no difference is given of psnr" in said and "data_pixels: " in said
 
 
 def test_two_commands_do_not_share_a_folder_and_a_full_disk_is_told(
