@@ -147,9 +147,12 @@ def key_of(metric: str, kind: Kind) -> str:
     return FID_NAMES[kind] if metric == "fid" else metric
 
 
-def label(metric: str, kind: Kind, n: int, reference: str) -> str:
-    """A name to cite: rfid50k[imagenet-val-512].  IS has no reference."""
-    behind = "" if metric == "is" else f"[{reference}]"
+def label(metric: str, kind: Kind, n: int, name: str) -> str:
+    """A name to cite, `name` of the reference or the data: rfid50k[imagenet-val-512].
+
+    IS is compared with nothing.
+    """
+    behind = "" if metric == "is" else f"[{name}]"
     return score_names.named(key_of(metric, kind), n) + behind
 
 

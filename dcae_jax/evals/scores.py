@@ -198,6 +198,14 @@ def changed(evaluation: Evaluation, result: dict[str, Any]) -> list[str]:
     return found
 
 
+def _named(evaluation: Evaluation, metric: str) -> str:
+    """What a score is of: a distribution is compared with the reference, pairs are of the data."""
+    about = evaluation.protocol
+    if protocol.METRICS[metric].reference or metric == "is":  # which is compared with nothing
+        return evaluation.reference.name
+    return about["originals"] if evaluation.kind is Kind.images else about["data"]
+
+
 def _entry(
     evaluation: Evaluation, metric: str, score: Score, n: int, out: epath.Path
 ) -> dict[str, Any]:
@@ -210,7 +218,7 @@ def _entry(
     infinite = "infinite: an image equals its original" if metric == "psnr" else "not finite"
     note = standing.note if finite else infinite
     return {
-        "label": protocol.label(metric, evaluation.kind, n, reference.name),
+        "label": protocol.label(metric, evaluation.kind, n, _named(evaluation, metric)),
         "value": score.value if finite else None, "error": score.error,
         "comparable": standing.comparable and finite, "note": note,
     }  # fmt: skip

@@ -132,7 +132,7 @@ def test_the_record_and_the_table(scored, workdir, nets) -> None:
     assert about["reference"] == name and about["reference_digest"] == about["data_digest"]
     assert about["resize"] == {"features": "half_pixel", "is": "tf1"} and about["preset"] == "dcae"
     assert about["nets"].keys() == {"inception", "lpips"} and len(about["nets"]["lpips"]) == 64
-    assert "torchmetrics 1.5" in about["ssim"] and about["matmul_precision"] == "highest"
+    assert "torchmetrics before 1.5" in about["ssim"] and about["matmul_precision"] == "highest"
     assert found["made"]["versions"]["jax"] == jax.__version__
     for k in scores:
         assert f"{labels[k]} " in said
@@ -172,6 +172,21 @@ def test_the_scores_against_independent_ones(scored, workdir) -> None:
     splits = [p[i:j] for i, j in itertools.pairwise(edges)]
     kl = [np.exp(np.mean(np.sum(q * (np.log(q) - np.log(q.mean(0))), 1))) for q in splits]
     assert scores["is"] == pytest.approx(np.mean(kl), rel=1e-5)
+
+
+def test_pairs_are_named_by_the_data_and_distributions_by_the_reference(
+    command, given, nets, tmp_path
+) -> None:
+    np.savez(tmp_path / "train.npz", mu=np.zeros(128), sigma=np.eye(128))
+    options = ["--reference", tmp_path / "train.npz", "--metrics", "psnr,rfid,is,latent-rms"]
+    code, _, complaints = command(*given, *options, "--data-name", "val", "--n", 10, "--split",
+                                  "train")  # fmt: skip
+    assert code == 0, complaints
+    found = record(tmp_path / "out")["results"][0]["scores"]
+    assert {name: score["label"] for name, score in found.items()} == {
+        "psnr": "psnr10[val-32]", "rfid": "rfid10[train]", "is": "is10",
+        "latent-rms": "latent-rms10[val-32]",
+    }  # fmt: skip
 
 
 def test_average_and_raw_weights_and_bfloat16(command, given, tmp_path) -> None:
