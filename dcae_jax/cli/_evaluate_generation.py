@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from concurrent import futures
 from typing import TYPE_CHECKING, Any
 
-from dcae_jax.cli import _diffusion, _evaluate_job, _sample_draw, _sample_folder, _sample_job
+from dcae_jax.cli import _evaluate_job, _sample_draw, _sample_folder, _sample_job, _trained
 from dcae_jax.cli._evaluate_job import Asked, Job
 
 if TYPE_CHECKING:
@@ -61,16 +61,16 @@ def job(args: argparse.Namespace) -> Job:
         "out": str(asked.out / _FOLDER),
     })  # fmt: skip
     drawn = _sample_job.job_of(wanted)
-    record = _sample_folder.settings(drawn) | {"n": drawn.n}
+    record = _sample_folder.settings(drawn) | {
+        "n": drawn.n, "release": _trained.release(drawn.model)
+    }  # fmt: skip
     found = _evaluation(args, asked, drawn.out, record, drawn.model.manifest.plan.resolution)
     if args.autoencoder:  # who decodes is part of what was asked for
         found.subject["autoencoder"] = args.autoencoder
-    if _diffusion.ORIGIN in drawn.model.meta:  # still the weights of an import
-        found.subject["release"] = drawn.model.meta[_diffusion.ORIGIN]["release"]
 
     def prepare() -> None:
         _sample_draw.fill(wanted, drawn, npz=False)
-        found.protocol["decoder"] = _sample_folder.finished(drawn.out, "--out")["decoder"]
+        found.protocol.update(_decoder(_sample_folder.finished(drawn.out, "--out")))
 
     return Job(asked.out, (found,), args.skip_bad, args.keep_parts, prepare)
 
@@ -87,7 +87,7 @@ def folder_job(args: argparse.Namespace) -> Job:
     record = _sample_folder.finished(folder, "--samples")
     side = _sample_folder.read(_sample_folder.picture_path(folder, 0)).shape[0]
     found = _evaluation(args, asked, folder, record, side)
-    found.protocol["decoder"] = record["decoder"]
+    found.protocol.update(_decoder(record))
     return Job(asked.out, (found,), args.skip_bad, args.keep_parts)
 
 
@@ -112,6 +112,8 @@ def _evaluation(
     subject = {"source": args.source or args.samples} | {
         name: record[name] for name in ("weights", "weak", "encoder", "latent_norm", "process")
     }
+    if record.get("release"):  # folders of earlier versions do not say it
+        subject["release"] = record["release"]
     return Evaluation(
         _FOLDER, asked.kind, subject, asked.metrics, work, reference, about, asked.doubts(),
         lambda out, caption: _grid(out, work, caption),
@@ -158,6 +160,12 @@ def _how(record: dict[str, Any]) -> dict[str, Any]:
         "quantisation": protocol.QUANTISATION, "weights": record["weights"]["kind"].split()[0],
         "dtype": record["dtype"], "matmul_precision": "highest" if exact else "default",
     }  # fmt: skip
+
+
+def _decoder(record: dict[str, Any]) -> dict[str, Any]:
+    """What made pictures of the latents; folders of earlier versions do not say whose it is."""
+    known = record.get("decoder_release")
+    return {"decoder": record["decoder"]} | ({"decoder_release": known} if known else {})
 
 
 def _labels(record: dict[str, Any]) -> str:

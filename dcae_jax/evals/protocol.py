@@ -206,7 +206,16 @@ _MATTERS = {
 # NAME_pixels of the pixels themselves; where both results have it, that alone counts.
 _IMAGES = ("data", "reference", "originals")
 # Shown, and no hindrance: how the code was, and names of what has a digest.
-_SHOWN = ("commit", "versions", "preset", "data", "split", "reference", "originals")
+_SHOWN = (
+    "commit",
+    "versions",
+    "preset",
+    "data",
+    "split",
+    "reference",
+    "originals",
+    "decoder_release",
+)
 
 
 class Comparison(NamedTuple):

@@ -16,7 +16,7 @@ from metrics_files import IN64, protocol, result, write
 from PIL import Image
 
 from dcae_jax import autoencoder, checkpoint, sharding
-from dcae_jax.cli import _evaluate_autoencoder, _evaluate_generation, evaluate
+from dcae_jax.cli import _evaluate_autoencoder, _evaluate_generation, _sample_folder, evaluate
 from dcae_jax.config import MeshConfig
 from dcae_jax.data import photos, sources, transforms
 
@@ -59,16 +59,40 @@ def test_an_evaluation_says_whose_release_was_imported(workdir) -> None:
 
 
 def test_an_evaluation_of_samples_says_whose_release_it_is(workdir, tmp_path, monkeypatch) -> None:
-    name = f"{IN64}-uvit-h-in-512px"
+    name, drawn = f"{IN64}-uvit-h-in-512px", tmp_path / "out" / "samples"
     run = samples.save(tmp_path / "run", samples.manifest_of(workdir))
-    argv = ["--from", run, "--metrics", "is", "--nets", frozen_nets.folder(), "--n", 16]
-    args, _ = evaluate._parser().parse_known_args([*map(str, argv), "--out", str(tmp_path / "out")])
-    assert "release" not in _evaluate_generation.job(args).evaluations[0].subject
+    argv = ["--metrics", "is", "--nets", frozen_nets.folder(), "--out", tmp_path / "out"]
+
+    def subject_and_protocol(kind, *more: object) -> tuple[dict, dict]:
+        args, _ = evaluate._parser().parse_known_args([*map(str, [*argv, *more])])
+        (found,) = kind(args).evaluations
+        return found.subject, found.protocol
+
+    of_run = (_evaluate_generation.job, "--from", run, "--n", 16)
+    assert "release" not in subject_and_protocol(*of_run)[0]
     meta = checkpoint.source_meta
     monkeypatch.setattr(
         checkpoint, "source_meta", lambda *a: {**meta(*a), "diffusion": {"release": name}}
     )
-    assert _evaluate_generation.job(args).evaluations[0].subject["release"] == name
+    assert subject_and_protocol(*of_run)[0]["release"] == name
+    # The folder of `sample` knows it too.
+    job = samples.job("--from", run, "--n", 16, "--out", drawn)
+    net = dataclasses.replace(
+        autoencoder.load(str(workdir)), origin=autoencoder.Origin(f"mit-han-lab/{IN64}")
+    )
+    _sample_folder.write_record(job, _sample_folder.decoder_of(net))
+    (drawn / "images").mkdir()
+    for i in range(16):
+        Image.new("RGB", (16, 16)).save(_sample_folder.picture_path(drawn, i))
+    subject, about = subject_and_protocol(_evaluate_generation.folder_job, "--samples", drawn)
+    assert subject["release"] == name
+    assert (about["decoder"], about["decoder_release"]) == (net.decoder, IN64)
+    # One of an earlier version does not.
+    record = json.loads((drawn / "sample.json").read_text())
+    del record["release"], record["decoder_release"]
+    (drawn / "sample.json").write_text(json.dumps(record))
+    subject, about = subject_and_protocol(_evaluate_generation.folder_job, "--samples", drawn)
+    assert "release" not in subject and "decoder_release" not in about
 
 
 def test_several_folders_and_a_place(command, tmp_path, monkeypatch) -> None:
