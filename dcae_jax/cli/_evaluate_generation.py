@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import numpy as np
     from etils import epath
 
+    from dcae_jax.diffusion.samplers import SamplerConfig
     from dcae_jax.evals.image_sets import Batch
     from dcae_jax.evals.parts import Work
     from dcae_jax.evals.scores import Evaluation
@@ -148,18 +149,25 @@ def _how(record: dict[str, Any]) -> dict[str, Any]:
     from dcae_jax import config
     from dcae_jax.evals import protocol
 
-    sampler, guidance = config.from_json(record["sampler"]), record["guidance"]
-    options = config.to_json(sampler)
-    known = {"steps": options["steps"]} if "steps" in options else {}
+    guidance = record["guidance"]
     exact = record["dtype"] == "float32"
     return {
-        "sampler": _sample_job.sampler_name(sampler), **known,
-        "sampler_options": {k: v for k, v in options.items() if k not in ("class", "steps")},
+        **_sampling(config.from_json(record["sampler"])),
         "guidance": {k: v for k, v in guidance.items() if k != "class"},
         "labels": _labels(record), "classes": len(record["classes"]), "seed": record["seed"],
         "quantisation": protocol.QUANTISATION, "weights": record["weights"]["kind"].split()[0],
         "dtype": record["dtype"], "matmul_precision": "highest" if exact else "default",
     }  # fmt: skip
+
+
+def _sampling(sampler: "SamplerConfig") -> dict[str, Any]:
+    """The sampler with its steps, if it has any, and all its other options."""
+    from dcae_jax import config
+
+    options = config.to_json(sampler)
+    known = {"steps": options["steps"]} if "steps" in options else {}
+    rest = {k: v for k, v in options.items() if k not in ("class", "steps")}
+    return {"sampler": _sample_job.sampler_name(sampler), **known, "sampler_options": rest}
 
 
 def _decoder(record: dict[str, Any]) -> dict[str, Any]:

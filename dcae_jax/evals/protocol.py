@@ -187,6 +187,7 @@ _PAIRED = frozenset(name for name, about in METRICS.items() if about.paired)
 _FEATURES = frozenset(("fid", "sfid", "kid", "precision", "recall"))
 # Fields of a protocol that matter to some metrics alone; the others matter to all.
 _MATTERS = {
+    "reference": _FEATURES,
     "reference_digest": _FEATURES,
     "reference_n": _FEATURES,
     "reference_pixels": _FEATURES,
@@ -234,7 +235,7 @@ def compare(a: dict[str, Any], b: dict[str, Any]) -> Comparison:
         values = score["value"], b["scores"][name]["value"] if name in b["scores"] else None
         if any(v is None or not math.isfinite(v) for v in values):
             continue
-        hindrance = {k: v for k, v in changes.items() if _matters(k, metric_of(name))}
+        hindrance = {k: v for k, v in changes.items() if matters(k, name)}
         if hindrance:
             differing[name] = hindrance
         else:
@@ -263,6 +264,11 @@ def _is_shown(field: str, values: tuple[Any, Any], known: set[str]) -> bool:
     if name in _IMAGES and what in ("digest", "pixels"):
         return (what == "digest") is (name in known)
     return field.split(".")[0] in _SHOWN or (field == "weights" and config.ABSENT in values)
+
+
+def matters(field: str, score: str) -> bool:
+    """Whether a field of a protocol decides what a score of metrics.json is."""
+    return _matters(field, metric_of(score))
 
 
 def _matters(field: str, metric: str) -> bool:

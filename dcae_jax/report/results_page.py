@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from dcae_jax import config, outputs
-from dcae_jax.convert.published import Published
 from dcae_jax.report import html, phases, results
 from dcae_jax.report.phases import Table
 from dcae_jax.report.results import Beside, Group, Result
@@ -72,9 +71,9 @@ def _section(number: int, group: Group, every: Sequence[Group], weights: str | N
     names, notes = group.scores(), []
     rows = [_row(result, group, names, notes) for result in group.results]
     pairs = results.beside(group.results, weights)
-    same = {pair.published.weights: pair.published for pair in pairs if not pair.misses}
-    rows += [_published_row(there, names, notes) for there in same.values()]
-    shown = [pair for pair in pairs if weights or not pair.misses]
+    same = {pair.published.weights: pair for pair in pairs if pair.any_compares}
+    rows += [_published_row(pair, names, notes) for pair in same.values()]
+    shown = [pair for pair in pairs if weights or pair.any_compares]
     elsewhere = [
         f"Published for another protocol: {_elsewhere(p)}" for p in pairs if p not in shown
     ]
@@ -131,8 +130,11 @@ def _noted(note: str, notes: list[str]) -> int:
     return notes.index(note) + 1
 
 
-def _published_row(there: Published, names: Sequence[str], notes: list[str]) -> Row:
-    cells = [Cell(there.scores.get(name, "–"), faint=name not in there.scores) for name in names]
+def _published_row(pair: Beside, names: Sequence[str], notes: list[str]) -> Row:
+    """The published scores of the table's protocol."""
+    there = pair.published
+    known = {name: text for name, text in there.scores.items() if pair.compares(name)}
+    cells = [Cell(known.get(name, "–"), faint=name not in known) for name in names]
     if there.note:
         cells[0] = cells[0]._replace(notes=(_noted(f"published: {there.note}", notes),))
     return Row(f"{there.weights}, published", there.source, None, cells)
@@ -276,7 +278,9 @@ def heading(pair: Beside) -> str:
 
 def below(pair: Beside) -> str:
     """What a reader must know of the comparison."""
-    why_not = f"not comparable: {pair.why_not}" if pair.misses else ""
+    found = [NAMES.get(n, n) for n in pair.published.scores if not pair.compares(n)]
+    whose = f"{', '.join(found)} " if pair.any_compares else ""
+    why_not = f"{whose}not comparable: {pair.why_not}" if found else ""
     return "; ".join(part for part in (why_not, pair.published.note) if part)
 
 

@@ -11,7 +11,10 @@ from etils import epath
 from metrics_files import IN64, protocol, result, write
 from test_html_report import Structure
 
+from dcae_jax import config
+from dcae_jax.cli import _evaluate_generation, _sample_job
 from dcae_jax.convert import published, releases
+from dcae_jax.diffusion.process import Kind, ProcessConfig
 from dcae_jax.errors import UserError
 from dcae_jax.report import comparison, results, results_page
 
@@ -26,8 +29,13 @@ def cells(made, row=0, section=0):
 
 
 def guided(scale):
-    drawn = {"sampler": "dpm_fast", "steps": 30, "labels": "random", "reference_n": 1_281_167}
-    guidance = {"scale": scale, "start": 0.0, "stop": 1.0, "channels": 0}
+    drawn = {
+        "sampler": "dpm_fast", "steps": 30, "sampler_options": {"end": 0.001}, "labels": "random",
+        "reference_n": 1_281_167, "decoder_release": IN64,
+    }  # fmt: skip
+    guidance = {
+        "scale": scale, "reference": "null_class", "start": 0.0, "stop": 1.0, "channels": 0
+    }  # fmt: skip
     return protocol(guidance=guidance, **drawn)
 
 
@@ -252,6 +260,40 @@ def test_published_scores_are_of_their_reference_and_their_sampler():
     assert published.misses(first, wrong) == {
         "reference_n": (10_000, 1_281_167), "sampler": ("euler", "dpm_fast"), "steps": (5, 30),
     }  # fmt: skip
+    wrong = guided(1.0) | {"sampler_options": {"end": 0.01}, "decoder_release": None}
+    wrong["guidance"]["reference"] = "weak_model"
+    assert published.misses(first, wrong) == {
+        "sampler_options.end": (0.01, 0.001), "decoder_release": (None, IN64),
+        "guidance.reference": ("weak_model", "null_class"),
+    }  # fmt: skip
+
+
+def test_what_is_published_of_each_family_is_what_sample_draws_by_default():
+    """Options that a sampler has not, or has by another default, would never compare."""
+    kinds = {Kind.scaled_linear: "uvit", Kind.flow: "usit", Kind.ddpm: "dit"}
+    found = {}
+    for kind, family in kinds.items():
+        sampler, _ = _sample_job._published(ProcessConfig(kind=kind))
+        how = _evaluate_generation._sampling(sampler)
+        found[family] = config.flatten(how)
+    for there in (p for p in published.PUBLISHED if p.kind == "generation"):
+        how = next(how for family, how in found.items() if f"-{family}-" in there.weights)
+        wanted = {k: v for k, v in there.protocol.items() if k.startswith(("sampler", "steps"))}
+        assert wanted.items() <= how.items(), there.weights
+
+
+def test_another_reference_keeps_rfid_apart_and_not_the_scores_of_pairs(tmp_path):
+    write(tmp_path, result(protocol=protocol(reference="imagenet-train-512")))
+    made = gather(tmp_path)
+    (found,) = made[0].beside
+    assert {x.score: x.verdict for x in found.lines} == {
+        "rfid": "not comparable", "psnr": "differs", "ssim": "within rounding",
+        "lpips": "differs", "latent-rms": "within rounding",
+    }  # fmt: skip
+    said = "rFID not comparable: reference imagenet-train-512 here, imagenet-val-512 there"
+    assert said in results_page.console(made)
+    row = dict(zip(made[0].names, made[0].rows[-1].cells, strict=True))
+    assert (row["rfid"].text, row["psnr"].text) == ("–", "26.149"), "in the table likewise"
 
 
 # ---------------------------------------------------------------------------------------- the page
