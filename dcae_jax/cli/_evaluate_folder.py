@@ -4,7 +4,6 @@ import contextlib
 import json
 import math
 import shutil
-import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -182,7 +181,7 @@ def _made(seconds: float) -> dict[str, Any]:
     from dcae_jax import provenance
 
     return {
-        "command": sys.argv,
+        "command": provenance.command(),
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": provenance.versions(), "commit": provenance.commit(),
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
@@ -204,17 +203,23 @@ def _number(name: str, score: dict[str, Any]) -> str:
     return f"{value:.{protocol.METRICS[metric].digits}f}"
 
 
+def _reasons(score: dict[str, Any]) -> list[str]:
+    """Why a score compares with nothing, one by one."""
+    return score["note"].split("; ") if score["note"] else []
+
+
 def table(record: dict[str, Any]) -> str:
     """All scores for people; why one is not comparable stands below, once."""
     lines = []
     for result in record["results"]:
         scores = result["scores"]
-        notes = list(dict.fromkeys(s["note"] for s in scores.values() if s["note"]))
+        every = [_reasons(score) for score in scores.values()]
+        notes = list(dict.fromkeys(reason for reasons in every for reason in reasons))
         width = max(len(score["label"]) for score in scores.values())
         lines.append(f"\n{result['name']}: {result['subject']['source']}")
         for name, score in scores.items():
             error = "" if score["error"] is None else f" +- {score['error']:.2g}"
-            mark = f"({notes.index(score['note']) + 1})" if score["note"] else ""
+            mark = " ".join(f"({notes.index(reason) + 1})" for reason in _reasons(score))
             value = f"{_number(name, score):>12}{error:12}"
             lines.append(f"  {score['label']:{width}} {value} {mark}".rstrip())
         lines += [f"  ({i}) {note}" for i, note in enumerate(notes, 1)]

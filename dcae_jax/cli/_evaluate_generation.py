@@ -83,9 +83,9 @@ def folder_job(args: argparse.Namespace) -> Job:
 
     refuse_drawing(args, "how the samples of --samples were drawn is known from its sample.json")
     _refuse(args, (*_OTHERS, "n"), "--samples is a whole folder of `sample`, which is scored")
-    asked = _evaluate_job.asked(args, protocol.Kind.generation)
     folder = checkpoint.absolute(args.samples)
     record = _sample_folder.finished(folder, "--samples")
+    asked = _evaluate_job.asked(args, protocol.Kind.generation)
     side = _sample_folder.read(_sample_folder.picture_path(folder, 0)).shape[0]
     found = _evaluation(args, asked, folder, record, side)
     found.protocol.update(_decoder(record))

@@ -203,7 +203,7 @@ def write_record(job: Job, decoder: Decoder, done: dict[str, Any] | None = None)
         **settings(job), "decoder": decoder.digest, "decoder_release": decoder.release,
         "release": _trained.release(job.model), "n": job.n,
         "made": {
-            "from": sources, "command": sys.argv, "time": _now(),
+            "from": sources, "command": provenance.command(), "time": _now(),
             "versions": provenance.versions(), "commit": provenance.commit(),
             "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
             "processes": jax.process_count(), **(done or {}),

@@ -460,6 +460,8 @@ def test_mistakes_are_told_before_any_weights_are_read(
         (["--nets", tmp_path], "python -m dcae_jax import-net inception"),
         (["--nets", tmp_path, "--metrics", "lpips"], "python -m dcae_jax import-net lpips-alex"),
         (["--images", "nowhere"], "--images nowhere is no folder of images"),
+        (["--images", "nowhere", "--nets", tmp_path], "--images nowhere is no folder of images"),
+        (["--from", "nowhere", "--nets", tmp_path], "nowhere does not exist; give a workdir"),
         (["--images", folder, f"--config={runs.CONFIG}"], "both name data"),
         (["--data-name", "a/b"], "must be letters"),
         (["--reference", "nowhere.npz"], "nowhere.npz"),

@@ -15,7 +15,7 @@ from etils import epath
 from metrics_files import IN64, protocol, result, write
 from PIL import Image
 
-from dcae_jax import autoencoder, checkpoint, sharding
+from dcae_jax import autoencoder, checkpoint, provenance, sharding
 from dcae_jax.cli import _evaluate_autoencoder, _evaluate_generation, _sample_folder, evaluate
 from dcae_jax.config import MeshConfig
 from dcae_jax.data import photos, sources, transforms
@@ -48,6 +48,14 @@ def test_what_evaluate_writes_is_read_and_compared(command, workdir, tmp_path, m
     assert page.count("<figure>") == 1 and "psnr3<br>[images-32]" in page
     code, said, _ = command("results", "--compare", out, out)
     assert code == 0 and said.count("+0.000") == 2
+
+
+def test_the_command_is_recorded_as_a_shell_takes_it(monkeypatch) -> None:
+    program = "/home/x/dcae_jax/__main__.py"
+    monkeypatch.setattr("sys.argv", [program, "evaluate", "--images", "my photos", "--n", "3"])
+    assert provenance.command() == "python -m dcae_jax evaluate --images 'my photos' --n 3"
+    monkeypatch.setattr("sys.argv", ["main.py", "--config=c.py:phase 1"])
+    assert provenance.command() == "python main.py '--config=c.py:phase 1'"
 
 
 def test_an_evaluation_says_whose_release_was_imported(workdir) -> None:

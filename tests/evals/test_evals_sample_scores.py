@@ -82,12 +82,13 @@ def fid(a, b):
     return np.sum((a.mean(0) - b.mean(0)) ** 2) + np.sum(x**2) + np.sum(y**2) - 2 * root
 
 
-def inception_score(logits):
+def inception_scores(logits):
+    """Of each split."""
     p = np.exp(logits - logits.max(1, keepdims=True))
     p = (p / p.sum(1, keepdims=True))[np.random.RandomState(2020).permutation(len(p))]
     edges = [i * len(p) // 10 for i in range(11)]
     parts = [p[a:b] for a, b in itertools.pairwise(edges)]
-    return np.mean([np.exp(np.mean(np.sum(q * np.log(q / q.mean(0)), 1))) for q in parts])
+    return [np.exp(np.mean(np.sum(q * np.log(q / q.mean(0)), 1))) for q in parts]
 
 
 def share_inside(points, centres):
@@ -109,11 +110,12 @@ def test_scores_against_plain_numpy(scored):
     expected = {
         "fid21": fid(mine["pool"], theirs["pool"]),
         "sfid21": fid(mine["spatial"], theirs["spatial"]),
-        "is21": inception_score(mine["logits"]),
+        "is21": np.mean(inception_scores(mine["logits"])),
+        "is21_error": np.std(inception_scores(mine["logits"])),
         "precision21": share_inside(mine["pool"], theirs["pool"]),
         "recall21": share_inside(theirs["pool"], mine["pool"]), "n": N,
     }  # fmt: skip
-    assert tuple(report.scalars) == make().evals[0].metrics()
+    assert (*report.scalars,) == (*make().evals[0].metrics()[:-1], "is21_error", "n")
     # Sums of squares of covariances: 1e-16 of traces of a few hundred features.
     assert report.scalars == pytest.approx(expected, rel=1e-6)
     assert expected["fid21"] > 0 and expected["is21"] > 1

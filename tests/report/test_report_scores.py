@@ -8,7 +8,14 @@ from dcae_jax.report.diffusion import Kind
 from dcae_jax.report.phases import Phase
 
 PAIRS = {"psnr": 21.0, "ssim": 0.7, "lpips": 0.08021, "ms_ssim": 0.9, "rfid64": 12.344, "n": 64.0}
-SAMPLES = {"is2048": 30.5, "precision2048": 0.75, "kid2048": 0.012344, "fid2048": 9.5, "n": 2048.0}
+SAMPLES = {
+    "is2048": 30.5,
+    "is2048_error": 0.52,
+    "precision2048": 0.75,
+    "kid2048": 0.012344,
+    "fid2048": 9.5,
+    "n": 2048.0,
+}
 RANDOM = {"published": "no", "source": "random weights, seed 0"}
 
 
@@ -38,7 +45,7 @@ def test_tables_say_which_way_is_better_with_the_digits_that_a_score_deserves(ru
         "FID of 2048 ↓", "KID of 2048 ↓", "Inception Score of 2048 ↑", "precision of 2048 ↑",
         "images",
     ]  # fmt: skip
-    assert found.rows[0][1:] == ["9.50", "0.01234", "30.50", "0.750", "2048"]
+    assert found.rows[0][1:] == ["9.50", "0.01234", "30.50 ± 0.52", "0.750", "2048"]
     (row,) = (table := phases.phase_table([run])).rows
     cells = dict(zip(table.head, row, strict=True))
     assert cells["rFID of 64 ↓ photos-128-test"] == "12.34 → 22.34"

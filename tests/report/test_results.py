@@ -130,11 +130,36 @@ def test_the_best_is_marked_among_scores_that_compare(tmp_path):
     assert best == [[], ["psnr", "rfid"], []], "nothing is best of RMS, and 1 compares with nothing"
     assert cells(made, 2)["rfid"] == results_page.Cell("1.0000", notes=(1,), faint=True)
     assert cells(made, 2)["latent-rms"].text == "–"
-    assert made[0].notes == [f"rFID: {FEW}"]
+    assert made[0].notes == [FEW]
     text = results_page.markdown(made, epath.Path(tmp_path / "x.html"))
-    assert f"1. rFID: {FEW}" in text and "| **26.000** | **2.0000** |" in text
+    assert f"1. {FEW}" in text and "| **26.000** | **2.0000** |" in text
     alone = gather(tmp_path / "a")
     assert not any(cell.best for cell in cells(alone).values())
+
+
+def test_a_reason_that_several_scores_share_is_told_once(tmp_path):
+    doubt = "comparable with nothing (inception: random weights, seed 0)"
+    about = {"rfid": {"note": f"{doubt}; {FEW}"}, "is": {"note": doubt}, "sfid": {"note": FEW}}
+    about = {name: known | {"comparable": False} for name, known in about.items()}
+    write(tmp_path, result(subject=OWN, scores=dict.fromkeys(about, 3.0), about=about))
+    made = gather(tmp_path)
+    assert made[0].notes == [doubt, FEW]
+    assert {n: c.notes for n, c in cells(made).items()} == {
+        "rfid": (1, 2),
+        "sfid": (2,),
+        "is": (1,),
+    }
+
+
+def test_what_keeps_several_results_from_comparing_is_told_once(tmp_path):
+    for name in "ab":
+        write(tmp_path / name, result(protocol=protocol(n=64)))
+    assert len(gather(tmp_path)[0].elsewhere) == 1
+    made = gather(tmp_path, weights=IN64)
+    assert len(made[0].beside) == 2
+    assert results_page.console(made).count("not comparable: n 64 here") == 1
+    text = results_page.markdown(made, epath.Path("x.html"))
+    assert text.count("n 64 here, 50000 there") == 1 and text.count("### ") == 2
 
 
 def test_what_was_not_measured_and_errors_are_told(tmp_path):
