@@ -249,6 +249,7 @@ def _require_given(args: argparse.Namespace) -> None:
 
     from dcae_jax.errors import UserError
 
+    reference_file(args)
     for name in ("images", "against", "reference"):
         path = vars(args)[name]
         if path and name != "reference" and not path.endswith(".npz"):

@@ -30,7 +30,7 @@ from dcae_jax import autoencoder, checkpoint, outputs, sharding
 from dcae_jax.cli import _evaluate_folder, _evaluate_job, evaluate
 from dcae_jax.config import InitWeights, MeshConfig
 from dcae_jax.data import pipeline, transforms
-from dcae_jax.evals import parts
+from dcae_jax.evals import extract, parts
 
 ALL = "psnr,ssim,lpips,rfid,is,precision,recall,latent-rms"  # sFID takes seconds: the other file
 CHEAP = ["--metrics", "psnr,ssim,latent-rms"]
@@ -179,14 +179,26 @@ def test_pairs_are_named_by_the_data_and_distributions_by_the_reference(
 ) -> None:
     np.savez(tmp_path / "train.npz", mu=np.zeros(128), sigma=np.eye(128))
     options = ["--reference", tmp_path / "train.npz", "--metrics", "psnr,rfid,is,latent-rms"]
-    code, _, complaints = command(*given, *options, "--data-name", "val", "--n", 10, "--split",
-                                  "train")  # fmt: skip
+    options += ["--data-name", "val", "--n", 10, "--split", "train", "--batch", 6]  # as `scored`
+    code, _, complaints = command(*given, *options)
     assert code == 0, complaints
     found = record(tmp_path / "out")["results"][0]["scores"]
     assert {name: score["label"] for name, score in found.items()} == {
         "psnr": "psnr10[val-32]", "rfid": "rfid10[train]", "is": "is10",
         "latent-rms": "latent-rms10[val-32]",
     }  # fmt: skip
+
+
+def test_results_reads_and_compares_what_is_written(command, scored, tmp_path) -> None:
+    out = tmp_path / "runs" / "a"
+    shutil.copytree(scored[0], out, ignore=shutil.ignore_patterns("parts"))
+    code, said, _ = command("results", tmp_path / "runs")
+    assert code == 0 and "Autoencoders · dcae_jax_tiny_images-train-32 · 18 images\n" in said
+    page = (tmp_path / "runs" / "results.html").read_text()
+    assert page.count("<figure>") == 2
+    assert "psnr18<br>[dcae_jax_tiny_images-train-32]" in page
+    code, said, _ = command("results", "--compare", out, out)
+    assert code == 0 and said.count("+0.000 ") >= 2
 
 
 def test_average_and_raw_weights_and_bfloat16(command, given, tmp_path) -> None:
@@ -205,8 +217,8 @@ def test_average_and_raw_weights_and_bfloat16(command, given, tmp_path) -> None:
 
 @pytest.mark.parametrize(
     ("batch", "devices"),
-    [(1, 1), (7, 1), (64, 8), pytest.param(64, 1, marks=pytest.mark.slow),
-     pytest.param(1, 8, marks=pytest.mark.slow), pytest.param(7, 8, marks=pytest.mark.slow)],
+    [(7, 1), (64, 8), pytest.param(1, 1, marks=pytest.mark.slow),
+     pytest.param(64, 1, marks=pytest.mark.slow), pytest.param(1, 8, marks=pytest.mark.slow), pytest.param(7, 8, marks=pytest.mark.slow)],
 )  # fmt: skip
 def test_batches_and_devices_change_nothing(
     command, given, scored, tmp_path, monkeypatch, batch, devices
@@ -251,9 +263,10 @@ def test_the_data_and_their_names(given, folder, monkeypatch) -> None:
 
 
 def test_equal_images_have_an_infinite_psnr_which_is_null(command, given, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        "dcae_jax.evals.extract.metrics_lib.mse", lambda x, y: jnp.zeros(x.shape[0])
-    )
+    def equal(params, images, originals, arrays: frozenset) -> dict:
+        return {"mse": jnp.zeros(len(images))}
+
+    monkeypatch.setattr(extract, "_pair_scores", equal)  # no program is compiled of it
     code, said, _ = command(*given, "--metrics", "psnr")
     score = record(tmp_path / "out")["results"][0]["scores"]["psnr"]
     assert code == 0 and score["value"] is None and not score["comparable"]

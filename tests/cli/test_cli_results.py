@@ -5,9 +5,7 @@ import json
 import re
 
 import frozen_nets
-import jax
 import metrics_files
-import networks
 import numpy as np
 import pytest
 import test_cli_sample as samples
@@ -15,9 +13,8 @@ from etils import epath
 from metrics_files import IN64, protocol, result, write
 from PIL import Image
 
-from dcae_jax import autoencoder, checkpoint, provenance, sharding
+from dcae_jax import autoencoder, checkpoint, provenance
 from dcae_jax.cli import _evaluate_autoencoder, _evaluate_generation, _sample_folder, evaluate
-from dcae_jax.config import MeshConfig
 from dcae_jax.data import photos, sources, transforms
 
 
@@ -31,23 +28,6 @@ def test_one_folder_gets_the_page_and_the_tables(command, tmp_path) -> None:
     first = (tmp_path / "runs" / "results.md").read_bytes()
     assert command("results", tmp_path / "runs")[0] == 0, "its own page is no hindrance"
     assert (tmp_path / "runs" / "results.md").read_bytes() == first
-
-
-def test_what_evaluate_writes_is_read_and_compared(command, workdir, tmp_path, monkeypatch) -> None:
-    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])  # quicker to compile than for eight
-    monkeypatch.setattr(sharding, "make_mesh", lambda *args: mesh)
-    (tmp_path / "images").mkdir()
-    for i in range(3):
-        Image.fromarray(networks.picture(32, 32, i)).save(tmp_path / "images" / f"{i}.png")
-    given = ["--from", workdir, "--images", tmp_path / "images", "--resolution", 32, "--batch", 3]
-    out = tmp_path / "runs" / "a"
-    assert command("evaluate", *given, "--metrics", "psnr,latent-rms", "--out", out)[0] == 0
-    code, said, _ = command("results", tmp_path / "runs")
-    assert code == 0 and "Autoencoders · images-32 · 3 images\n" in said
-    page = (tmp_path / "runs" / "results.html").read_text()
-    assert page.count("<figure>") == 1 and "psnr3<br>[images-32]" in page
-    code, said, _ = command("results", "--compare", out, out)
-    assert code == 0 and said.count("+0.000") == 2
 
 
 def test_the_command_is_recorded_as_a_shell_takes_it(monkeypatch) -> None:
