@@ -217,8 +217,8 @@ def test_average_and_raw_weights_and_bfloat16(command, given, tmp_path) -> None:
 
 @pytest.mark.parametrize(
     ("batch", "devices"),
-    [(7, 1), (64, 8), pytest.param(1, 1, marks=pytest.mark.slow),
-     pytest.param(64, 1, marks=pytest.mark.slow), pytest.param(1, 8, marks=pytest.mark.slow), pytest.param(7, 8, marks=pytest.mark.slow)],
+    [(7, 1), (64, 8)]
+    + [pytest.param(*case, marks=pytest.mark.slow) for case in ((1, 1), (64, 1), (1, 8), (7, 8))],
 )  # fmt: skip
 def test_batches_and_devices_change_nothing(
     command, given, scored, tmp_path, monkeypatch, batch, devices
