@@ -31,7 +31,7 @@ def test_one_folder_gets_the_page_and_the_tables(command, tmp_path) -> None:
 
 
 def test_the_command_is_recorded_as_a_shell_takes_it(monkeypatch) -> None:
-    program = "/home/x/dcae_jax/__main__.py"
+    program = "somewhere/dcae_jax/__main__.py"
     monkeypatch.setattr("sys.argv", [program, "evaluate", "--images", "my photos", "--n", "3"])
     assert provenance.command() == "python -m dcae_jax evaluate --images 'my photos' --n 3"
     monkeypatch.setattr("sys.argv", ["main.py", "--config=c.py:phase 1"])
