@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import os
 import re
+import shlex
 import socket
 import subprocess
 import sys
@@ -99,6 +100,13 @@ def _read_json(path: epath.Path) -> dict[str, Any] | None:
         return None
 
 
+def command() -> str:
+    """What was called, as a shell takes it: words with blanks are quoted."""
+    path, *words = sys.argv
+    program = ["-m", "dcae_jax"] if os.path.basename(path) == "__main__.py" else [path]
+    return shlex.join(["python", *program, *words])
+
+
 def check(
     workdir: epath.Path, cfg: RunConfig, data: str, force: bool, say: Callable[[str], None]
 ) -> None:
@@ -128,7 +136,7 @@ def write(workdir: epath.Path, cfg: RunConfig, data: str, more: dict[str, JSONVa
     """Records what runs from now on, and what the task keeps beside it, in config.json."""
     distributed.barrier("config compared")
     if distributed.is_main():
-        record = meta(cfg, data) | more | {"command": sys.argv, "started": _now()}
+        record = meta(cfg, data) | more | {"command": command(), "started": _now()}
         (workdir / "config.json").write_text(json.dumps(record, indent=2))
 
 

@@ -44,6 +44,19 @@ def named(score: str, n: int) -> str:
     return f"{score}{count(n)}"
 
 
+_ERROR = "_error"
+
+
+def error(metric: str) -> str:
+    """The name of the error of a score: kid2048_error."""
+    return f"{metric}{_ERROR}"
+
+
+def is_error(metric: str) -> bool:
+    """Whether it is the name of an error, not of a score."""
+    return metric.endswith(_ERROR)
+
+
 def images(metric: str) -> int | None:
     """How many images a name says; None where it says nothing."""
     number = parts(metric)[1]

@@ -53,7 +53,8 @@ def test_the_whole_chain_and_what_a_second_run_skips(launch):
     assert code == 0
     evaluate = (
         f"evaluate --from out/{AE} --images imagenet --split validation --data-name imagenet-val "
-        "--protocol dcae --metrics psnr,ssim,lpips,rfid,latent-rms --out out/eval --resolution 512"
+        "--protocol dcae --metrics psnr,ssim,ssim-border,lpips,rfid,latent-rms --out out/eval "
+        "--resolution 512"
     )
     results = "results out/eval --out out/results.html"
     assert done == [

@@ -156,7 +156,7 @@ def _evaluation(
     """Everything about one resolution."""
     from dcae_jax.evals import protocol
     from dcae_jax.evals.parts import Stored, Work
-    from dcae_jax.evals.scores import Evaluation
+    from dcae_jax.evals.scores import Evaluation, Pixels
 
     name = str(records.side)
     originals = asked.reference_arrays() if asked.reference is None else set()
@@ -176,6 +176,7 @@ def _evaluation(
     return Evaluation(
         name, asked.kind, own["subject"], asked.metrics, work, reference, about,
         asked.doubts(), lambda out, caption: _evaluate_job.triples(Stored(out, work), caption),
+        (Pixels(work, 0, "protocol", ("data_pixels", *["reference_pixels"] * bool(originals))),),
     )  # fmt: skip
 
 

@@ -4,7 +4,6 @@ import contextlib
 import json
 import math
 import shutil
-import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +40,7 @@ def settings(job: "Job") -> dict[str, Any]:
     from dcae_jax.evals.parts import PART
 
     return {
+        "dates": {w.name: [images.dates for images in w.sets] for w in job.works()},
         "part": PART,
         "results": {
             e.name: {
@@ -55,27 +55,56 @@ def settings(job: "Job") -> dict[str, Any]:
 
 def check(job: "Job") -> None:
     """UserError if the folder is of another evaluation, else its record; on the first process."""
-    from dcae_jax import config, outputs
+    from dcae_jax import outputs
     from dcae_jax.data.latents import read_json
     from dcae_jax.errors import UserError
     from dcae_jax.evals import parts, protocol
 
     new = settings(job)
     old = read_json(job.out / _RECORD)
+    decide = ("part", "results")
     started = parts.any_there(job.out) or (job.out / protocol.FILE).exists()
-    if not (isinstance(old, dict) and old.keys() == new.keys()):
+    if not (isinstance(old, dict) and old.keys() >= {*decide}):
         inside = {p.name for p in job.out.iterdir()} - {_RECORD, "samples"}
         if inside:
             raise UserError(
                 f"--out {job.out} is not empty and has no whole {_RECORD}; give a new folder"
             )
-    elif started and (changes := config.diff(old, json.loads(json.dumps(new)))):
+    elif started and (changes := _changes(old, new, decide)):
         lines = "\n".join(f"  - {k}: {short(a)} -> {short(b)}" for k, (a, b) in changes.items())
         raise UserError(
             f"--out {job.out} holds another evaluation, finished or not:\n{lines}\nGive a new "
             "folder, or the same options to continue"
         )
+    elif started and old.get("dates") not in (None, new["dates"]):
+        _look_again(job)
     outputs.write(job.out / _RECORD, json.dumps(new, indent=1).encode())
+
+
+def _changes(old: dict[str, Any], new: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    """What of these fields differs."""
+    from dcae_jax import config
+
+    made = json.loads(json.dumps(new))
+    return config.diff(*({name: record[name] for name in names} for record in (old, made)))
+
+
+def _look_again(job: "Job") -> None:
+    """Files were written since: UserError if scores are of other pixels; such parts are removed."""
+    from dcae_jax.errors import UserError
+    from dcae_jax.evals import parts, scores
+
+    say("files of the images were written after they were last looked at here: comparing pixels")
+    if (record := finished(job)) is not None:
+        results = {result["name"]: result for result in record["results"]}
+        others = [n for e in job.evaluations for n in scores.changed(e, results[e.name])]
+        if others:
+            raise UserError(
+                f"--out {job.out} holds the scores of other images: the files of "
+                f"{', '.join(dict.fromkeys(others))} have changed since; give a new folder"
+            )
+    elif removed := sum(parts.remove_changed(job.out, work) for work in job.works()):
+        say(f"{removed} part(s) are of images that have changed since, and are computed anew")
 
 
 def finished(job: "Job") -> dict[str, Any] | None:
@@ -152,7 +181,7 @@ def _made(seconds: float) -> dict[str, Any]:
     from dcae_jax import provenance
 
     return {
-        "command": sys.argv,
+        "command": provenance.command(),
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": provenance.versions(), "commit": provenance.commit(),
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
@@ -174,17 +203,23 @@ def _number(name: str, score: dict[str, Any]) -> str:
     return f"{value:.{protocol.METRICS[metric].digits}f}"
 
 
+def _reasons(score: dict[str, Any]) -> list[str]:
+    """Why a score compares with nothing, one by one."""
+    return score["note"].split("; ") if score["note"] else []
+
+
 def table(record: dict[str, Any]) -> str:
     """All scores for people; why one is not comparable stands below, once."""
     lines = []
     for result in record["results"]:
         scores = result["scores"]
-        notes = list(dict.fromkeys(s["note"] for s in scores.values() if s["note"]))
+        every = [_reasons(score) for score in scores.values()]
+        notes = list(dict.fromkeys(reason for reasons in every for reason in reasons))
         width = max(len(score["label"]) for score in scores.values())
         lines.append(f"\n{result['name']}: {result['subject']['source']}")
         for name, score in scores.items():
             error = "" if score["error"] is None else f" +- {score['error']:.2g}"
-            mark = f"({notes.index(score['note']) + 1})" if score["note"] else ""
+            mark = " ".join(f"({notes.index(reason) + 1})" for reason in _reasons(score))
             value = f"{_number(name, score):>12}{error:12}"
             lines.append(f"  {score['label']:{width}} {value} {mark}".rstrip())
         lines += [f"  ({i}) {note}" for i, note in enumerate(notes, 1)]

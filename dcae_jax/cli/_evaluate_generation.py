@@ -7,13 +7,14 @@ from collections.abc import Iterator
 from concurrent import futures
 from typing import TYPE_CHECKING, Any
 
-from dcae_jax.cli import _diffusion, _evaluate_job, _sample_draw, _sample_folder, _sample_job
+from dcae_jax.cli import _evaluate_job, _sample_draw, _sample_folder, _sample_job, _trained
 from dcae_jax.cli._evaluate_job import Asked, Job
 
 if TYPE_CHECKING:
     import numpy as np
     from etils import epath
 
+    from dcae_jax.diffusion.samplers import SamplerConfig
     from dcae_jax.evals.image_sets import Batch
     from dcae_jax.evals.parts import Work
     from dcae_jax.evals.scores import Evaluation
@@ -61,16 +62,16 @@ def job(args: argparse.Namespace) -> Job:
         "out": str(asked.out / _FOLDER),
     })  # fmt: skip
     drawn = _sample_job.job_of(wanted)
-    record = _sample_folder.settings(drawn) | {"n": drawn.n}
+    record = _sample_folder.settings(drawn) | {
+        "n": drawn.n, "release": _trained.release(drawn.model)
+    }  # fmt: skip
     found = _evaluation(args, asked, drawn.out, record, drawn.model.manifest.plan.resolution)
     if args.autoencoder:  # who decodes is part of what was asked for
         found.subject["autoencoder"] = args.autoencoder
-    if _diffusion.ORIGIN in drawn.model.meta:  # still the weights of an import
-        found.subject["release"] = drawn.model.meta[_diffusion.ORIGIN]["release"]
 
     def prepare() -> None:
         _sample_draw.fill(wanted, drawn, npz=False)
-        found.protocol["decoder"] = _sample_folder.finished(drawn.out, "--out")["decoder"]
+        found.protocol.update(_decoder(_sample_folder.finished(drawn.out, "--out")))
 
     return Job(asked.out, (found,), args.skip_bad, args.keep_parts, prepare)
 
@@ -82,12 +83,12 @@ def folder_job(args: argparse.Namespace) -> Job:
 
     refuse_drawing(args, "how the samples of --samples were drawn is known from its sample.json")
     _refuse(args, (*_OTHERS, "n"), "--samples is a whole folder of `sample`, which is scored")
-    asked = _evaluate_job.asked(args, protocol.Kind.generation)
     folder = checkpoint.absolute(args.samples)
     record = _sample_folder.finished(folder, "--samples")
+    asked = _evaluate_job.asked(args, protocol.Kind.generation)
     side = _sample_folder.read(_sample_folder.picture_path(folder, 0)).shape[0]
     found = _evaluation(args, asked, folder, record, side)
-    found.protocol["decoder"] = record["decoder"]
+    found.protocol.update(_decoder(record))
     return Job(asked.out, (found,), args.skip_bad, args.keep_parts)
 
 
@@ -97,7 +98,7 @@ def _evaluation(
     """The scores of a folder whose record is known, while its samples need not be there yet."""
     from dcae_jax.evals import protocol
     from dcae_jax.evals.parts import Work
-    from dcae_jax.evals.scores import Evaluation, least_images
+    from dcae_jax.evals.scores import Evaluation, Pixels, least_images
 
     _check_reference(args, asked, side)
     images = Samples(folder, record["n"], side)
@@ -112,9 +113,12 @@ def _evaluation(
     subject = {"source": args.source or args.samples} | {
         name: record[name] for name in ("weights", "weak", "encoder", "latent_norm", "process")
     }
+    if record.get("release"):  # folders of earlier versions do not say it
+        subject["release"] = record["release"]
     return Evaluation(
         _FOLDER, asked.kind, subject, asked.metrics, work, reference, about, asked.doubts(),
         lambda out, caption: _grid(out, work, caption),
+        (Pixels(work, 0, "subject", ("pixels",)),),
     )  # fmt: skip
 
 
@@ -145,18 +149,31 @@ def _how(record: dict[str, Any]) -> dict[str, Any]:
     from dcae_jax import config
     from dcae_jax.evals import protocol
 
-    sampler, guidance = config.from_json(record["sampler"]), record["guidance"]
-    options = config.to_json(sampler)
-    known = {"steps": options["steps"]} if "steps" in options else {}
+    guidance = record["guidance"]
     exact = record["dtype"] == "float32"
     return {
-        "sampler": _sample_job.sampler_name(sampler), **known,
-        "sampler_options": {k: v for k, v in options.items() if k not in ("class", "steps")},
+        **_sampling(config.from_json(record["sampler"])),
         "guidance": {k: v for k, v in guidance.items() if k != "class"},
         "labels": _labels(record), "classes": len(record["classes"]), "seed": record["seed"],
         "quantisation": protocol.QUANTISATION, "weights": record["weights"]["kind"].split()[0],
         "dtype": record["dtype"], "matmul_precision": "highest" if exact else "default",
     }  # fmt: skip
+
+
+def _sampling(sampler: "SamplerConfig") -> dict[str, Any]:
+    """The sampler with its steps, if it has any, and all its other options."""
+    from dcae_jax import config
+
+    options = config.to_json(sampler)
+    known = {"steps": options["steps"]} if "steps" in options else {}
+    rest = {k: v for k, v in options.items() if k not in ("class", "steps")}
+    return {"sampler": _sample_job.sampler_name(sampler), **known, "sampler_options": rest}
+
+
+def _decoder(record: dict[str, Any]) -> dict[str, Any]:
+    """What made pictures of the latents; folders of earlier versions do not say whose it is."""
+    known = record.get("decoder_release")
+    return {"decoder": record["decoder"]} | ({"decoder_release": known} if known else {})
 
 
 def _labels(record: dict[str, Any]) -> str:
@@ -181,6 +198,7 @@ class Samples:
     side: int
     name: str = _FOLDER
     digest: str = ""  # the protocol says what decides them
+    dates: str = ""  # and those that were drawn here are not looked at again
 
     @contextlib.contextmanager
     def batches(self, wanted: "np.ndarray", batch: int) -> "Iterator[Iterator[Batch]]":

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from dcae_jax.data.pipeline import DataConfig
     from dcae_jax.evals.image_sets import Batch, ImageSet
     from dcae_jax.evals.parts import Compute, Work
-    from dcae_jax.evals.scores import Evaluation
+    from dcae_jax.evals.scores import Evaluation, Pixels
 
 _CELL = 192  # pixels of a picture in the grid
 _AS_THEY_ARE = "none: images of one size"
@@ -52,9 +52,13 @@ def _check_options(args: argparse.Namespace, asked: Asked) -> None:
     paired = [m for m in asked.metrics if protocol.METRICS[m].paired]
     if paired and (args.images.endswith(".npz") or _evaluate_job.reference_file(args)):
         raise UserError(
-            f"{', '.join(paired)} compare images of one name: give two folders, --images DIR "
-            "--against DIR"
+            f"{_compare(paired)} images of one name: give two folders, --images DIR --against DIR"
         )
+
+
+def _compare(metrics: list[str]) -> str:
+    """Of "psnr compares", "psnr, ssim compare": how a sentence begins."""
+    return f"{', '.join(metrics)} compare{'s' if len(metrics) == 1 else ''}"
 
 
 # ------------------------------------------------------------------------------------- the images
@@ -164,8 +168,8 @@ def _pairs(args: argparse.Namespace, paired: list[str]) -> tuple[list[int], list
 
     if args.min_size:
         raise UserError(
-            f"--min-size {args.min_size} leaves images out, and {', '.join(paired)} compare images of "
-            "one name: leave it out, or remove the small images from both folders"
+            f"--min-size {args.min_size} leaves images out, and {_compare(paired)} images of one "
+            "name: leave it out, or remove the small images from both folders"
         )
     names = {}
     for option, path in (("--images", args.images), ("--against", args.against)):
@@ -179,7 +183,7 @@ def _pairs(args: argparse.Namespace, paired: list[str]) -> tuple[list[int], list
     first, second = names[args.images], names[args.against]
     if alone := sorted(first.keys() ^ second.keys()):
         raise UserError(
-            f"{', '.join(paired)} compare images of one name, but {len(alone)} of "
+            f"{_compare(paired)} images of one name, but {len(alone)} of "
             f"{len(first)} + {len(second)} have no partner, the first is {alone[0]!r} of "
             f"{args.images if alone[0] in first else args.against}"
         )
@@ -210,7 +214,21 @@ def _evaluation(
     return Evaluation(
         str(images.side), asked.kind, subject, asked.metrics, work, reference, about,
         asked.doubts(), lambda out, caption: _grid(out, work, reference.work, paired, caption),
+        _pixels(asked, work, other, paired),
     )  # fmt: skip
+
+
+def _pixels(asked: Asked, work: "Work", other: "Work | None", paired: bool) -> "tuple[Pixels, ...]":
+    """Where it is written what the images, and those that they are compared with, look like."""
+    from dcae_jax.evals.scores import Pixels
+
+    mine = Pixels(work, 0, "subject", ("pixels",))
+    if other is None:
+        return (mine,)
+    compared = ["reference_pixels"] if asked.reference_arrays() else []
+    if paired:
+        return mine, Pixels(work, 1, "protocol", ("originals_pixels", *compared))
+    return mine, Pixels(other, 0, "protocol", (*compared,))
 
 
 def _works(

@@ -88,6 +88,7 @@ def asked(args: argparse.Namespace, kind: "Kind") -> Asked:
     if problems := _problems(args):
         raise UserError("\n".join(problems))
     check_data_name(args)
+    _require_given(args)
     if args.metrics is None:
         metrics = protocol.DEFAULTS[kind]
     else:
@@ -240,6 +241,21 @@ def _check_protocol(
 
 
 _STATISTICS = {"pool": "mu and sigma, which FID needs", "spatial": "mu_s and sigma_s (sFID's)"}
+
+
+def _require_given(args: argparse.Namespace) -> None:
+    """UserError if a folder or file that was named is not there."""
+    from etils import epath
+
+    from dcae_jax.errors import UserError
+
+    reference_file(args)
+    for name in ("images", "against", "reference"):
+        path = vars(args)[name]
+        if path and name != "reference" and not path.endswith(".npz"):
+            require_folder(f"--{name}", path)
+        elif path and not epath.Path(path).expanduser().exists():
+            raise UserError(f"--{name} {path} does not exist")
 
 
 def require_folder(option: str, path: str) -> None:

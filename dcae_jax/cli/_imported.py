@@ -1,7 +1,6 @@
 """What imports of all kinds of models write: a workdir that holds a run of their weights."""
 
 import json
-import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -32,5 +31,5 @@ def write(
         checkpoints = checkpoint.Checkpoints(out, run.checkpoint)
         checkpoints.save(state, meta)
         checkpoints.close()
-        record = meta | {"command": sys.argv}
+        record = meta | {"command": provenance.command()}
         (out / folder.CONFIG).write_text(json.dumps(record, indent=2))

@@ -91,7 +91,7 @@ def _draw(args: argparse.Namespace, job: Job, there: "np.ndarray", npz: bool) ->
     _sample_folder.check_decoder(job, net)
     _sample_folder.check_space(job, net, there, npz)
     if distributed.is_main():
-        _sample_folder.write_record(job, net.decoder)
+        _sample_folder.write_record(job, _sample_folder.decoder_of(net))
     artist = _artist(job, net, mesh)
     size = -(-(args.batch or min(A_DEVICE * mesh.size, job.n)) // mesh.size) * mesh.size
     starts = [s for s in range(0, job.n, size) if not there[s : s + size].all()]

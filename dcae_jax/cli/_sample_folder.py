@@ -10,8 +10,9 @@ import shutil
 import sys
 from collections.abc import Iterator
 from concurrent import futures
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from dcae_jax.cli import _trained
 from dcae_jax.cli._sample_job import (
     Job,
     describe_guidance,
@@ -69,8 +70,7 @@ def there(job: Job) -> "np.ndarray":
     if distributed.is_main():
         present = _present(job.out)
         old = _old_record(job, present)
-        decoder = old["decoder"] if old and present else None
-        write_record(job, decoder)
+        write_record(job, _decoder_of(old) if old and present else Decoder())
         mask[[i for i in _whole(job.out, present) if i < job.n]] = 1
     return distributed.total(mask) > 0
 
@@ -173,17 +173,37 @@ def _step_hint(changes: dict[str, Any]) -> str:
     return f" (--from RUN/checkpoints/{changes['weights.step'][0]} for the step)"
 
 
-def write_record(job: Job, decoder: str | None, done: dict[str, Any] | None = None) -> None:
-    """sample.json: what decides the pictures, and how they came to be."""
+class Decoder(NamedTuple):
+    """What made pictures of the latents; nothing is known of it before the first one."""
+
+    digest: str | None = None
+    release: str | None = None  # that it still is; None: nobody's, or not known
+
+
+def decoder_of(net: "Autoencoder") -> Decoder:
+    """The decoder of an autoencoder."""
+    from dcae_jax.convert import releases
+
+    name = net.origin.release if net.origin is not None else None
+    return Decoder(net.decoder, releases.named(name) if name else None)
+
+
+def _decoder_of(record: dict[str, Any]) -> Decoder:
+    return Decoder(record["decoder"], record.get("decoder_release"))  # earlier versions: without
+
+
+def write_record(job: Job, decoder: Decoder, done: dict[str, Any] | None = None) -> None:
+    """sample.json: what decides the pictures, whose release that is, how they came to be."""
     import jax
 
     from dcae_jax import outputs, provenance
 
     sources = {m.option: m.source for m in (job.model, job.weak) if m is not None}
     record = {
-        **settings(job), "decoder": decoder, "n": job.n,
+        **settings(job), "decoder": decoder.digest, "decoder_release": decoder.release,
+        "release": _trained.release(job.model), "n": job.n,
         "made": {
-            "from": sources, "command": sys.argv, "time": _now(),
+            "from": sources, "command": provenance.command(), "time": _now(),
             "versions": provenance.versions(), "commit": provenance.commit(),
             "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
             "processes": jax.process_count(), **(done or {}),
@@ -217,8 +237,7 @@ def finish(job: Job, npz: bool) -> None:
         say(f"wrote {job.out / NPZ}")
     elif (job.out / NPZ).exists():
         say(f"note: {NPZ} there is of an earlier call; --npz makes it anew")
-    decoder = read_json(job.out / _RECORD)["decoder"]
-    write_record(job, decoder, {"finished": True})
+    write_record(job, _decoder_of(read_json(job.out / _RECORD)), {"finished": True})
     say(f"{job.n} samples in {job.out / 'images'}, some of them in {job.out / 'grid.png'}")
 
 

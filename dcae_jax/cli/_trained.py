@@ -5,7 +5,7 @@ import hashlib
 import json
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dcae_jax.cli import _options
+from dcae_jax.cli import _diffusion, _options
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -67,6 +67,12 @@ def weights_record(model: Model) -> dict[str, Any]:
     rows = {p.removeprefix(prefix): row for p, row in saved[item].items() if p.startswith(prefix)}
     digest = hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
     return {"kind": kind, "step": model.meta["step"], "digest": digest}
+
+
+def release(model: Model) -> str | None:
+    """The released weights that these still are: of an import that nobody trained on."""
+    origin = model.meta.get(_diffusion.ORIGIN)
+    return None if origin is None else origin["release"]
 
 
 def load(model: Model, mesh: "Mesh") -> "tuple[Task, Variables]":

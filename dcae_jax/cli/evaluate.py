@@ -83,8 +83,9 @@ def _parser() -> argparse.ArgumentParser:
         "that of the data; --images: 256 for an autoencoder, else as they are")  # fmt: skip
     add("--split", help="default: what the run's evaluators look at; of a folder validation/ or "
         "test/ if it has one, else all of it")  # fmt: skip
-    add("--n", type=int, metavar="N", help="images, spread over the data; default: all. Samples; "
-        "default: 50000")  # fmt: skip
+    add("--n", type=int, metavar="N", help="images, spread over the data; default: all. "
+        "With --against it limits --images alone, unless pairs are compared (psnr, ssim, lpips): "
+        "then both. Samples; default: 50000")  # fmt: skip
     add("--data-name", metavar="NAME", help="what scores call the data, e.g. imagenet-val")
     add("--batch", type=int, metavar="B",
         help="images at once on a process's devices (default: 16 on each)")  # fmt: skip
@@ -130,6 +131,7 @@ def _job(args: argparse.Namespace, overrides: list[str]) -> "Job":
     """What is asked for, by the kind of what is evaluated."""
     from dcae_jax import checkpoint
     from dcae_jax.cli import _evaluate_autoencoder, _evaluate_generation, _evaluate_images
+    from dcae_jax.convert import from_torch
     from dcae_jax.errors import UserError
 
     if not (args.out or args.write_reference):
@@ -149,6 +151,7 @@ def _job(args: argparse.Namespace, overrides: list[str]) -> "Job":
     if args.against or args.write_reference:
         raise UserError("--against and --write-reference are for --images alone, without --from")
     path = checkpoint.absolute(args.source)
+    from_torch.require(args.source, also="a workdir, ")
     meta = checkpoint.source_meta(args.source, "--from") if checkpoint.has_steps(path) else None
     if meta is not None and not _is_autoencoder(meta):
         if overrides:

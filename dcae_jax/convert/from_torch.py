@@ -100,13 +100,9 @@ def open_source(source: str, part: str | None = None, also: str = "") -> Iterato
     `part` and `also`: see `load`.
     """
     path, from_hub = _absolute(source), False
+    require(source, also)
     if not path.exists() and (name := _hub_name(source)):
         path, from_hub = epath.Path(download(name)), True
-    if not path.exists():
-        raise UserError(
-            f"{source} does not exist; give {also}a folder with config.json and weights, a "
-            f"{', '.join(SUFFIXES)} file, or a release's name or owner/name on the hub"
-        )
     fields, layout, where = None, None, str(path / CONFIG)
     if path.is_dir():
         fields = _fields(path, source)
@@ -116,6 +112,15 @@ def open_source(source: str, part: str | None = None, also: str = "") -> Iterato
         tensors = _merged([stack.enter_context(open_tensors(f, part)) for f in files])
         notes += tensors.notes
         yield Opened(fields, where, tensors._replace(notes=notes), from_hub)
+
+
+def require(source: str, also: str = "") -> None:
+    """UserError if a source is neither there nor a name that the hub may know."""
+    if not (_absolute(source).exists() or _hub_name(source)):
+        raise UserError(
+            f"{source} does not exist; give {also}a folder with config.json and weights, a "
+            f"{', '.join(SUFFIXES)} file, or a release's name or owner/name on the hub"
+        )
 
 
 def _hub_name(source: str) -> str | None:

@@ -47,18 +47,22 @@ def _reconstruction(
 
 _TRAINING_IMAGES = 1_281_167  # of ImageNet: the reference of published gFIDs
 _SAMPLERS: dict[str, dict[str, Any]] = {
-    "uvit": {"sampler": "dpm_fast", "steps": 30},
-    "usit": {"sampler": "dopri5"},
-    "dit": {"sampler": "ddpm", "steps": 250},
-}
+    "uvit": {"sampler": "dpm_fast", "steps": 30, "sampler_options.end": 0.001},
+    "usit": {
+        "sampler": "dopri5", "sampler_options.rtol": 1e-3, "sampler_options.atol": 1e-6,
+        "sampler_options.end": 0.0,
+    },
+    "dit": {"sampler": "ddpm", "steps": 250, "sampler_options.variance": None},
+}  # fmt: skip
 
 
 def _generation(weights: str, guidance: float, fid: str) -> Published:
     family = next(name for name in _SAMPLERS if f"-{name}-" in weights)
     protocol = {
         "preset": "dcae", "n": 50_000, "resolution": 512, "labels": "random",
-        "guidance.scale": guidance, "guidance.start": 0.0, "guidance.stop": 1.0,
-        "guidance.channels": 0, "reference_n": _TRAINING_IMAGES, **_SAMPLERS[family],
+        "guidance.scale": guidance, "guidance.reference": "null_class", "guidance.start": 0.0,
+        "guidance.stop": 1.0, "guidance.channels": 0, "reference_n": _TRAINING_IMAGES,
+        "decoder_release": weights.partition(f"-{family}-")[0], **_SAMPLERS[family],
     }  # fmt: skip
     return Published(weights, "generation", protocol, {"gfid": fid}, README)
 

@@ -365,11 +365,16 @@ class FolderSource:
 
     def fingerprint(self) -> str:
         """Digest of every file's name (below the folder) and size in bytes."""
+        rows = zip(self._names, self._stats(), strict=True)
+        return digest("folder", *(f"{name}:{stat.length}" for name, stat in rows))
+
+    def dates(self) -> str:
+        """Digest of when every file was last written, in seconds."""
+        return digest("dates", *(str(stat.mtime) for stat in self._stats()))
+
+    def _stats(self) -> list[Any]:
         with futures.ThreadPoolExecutor(_SCAN_THREADS) as pool:
-            lengths = pool.map(lambda name: (self._root / name).stat().length, self._names)
-            return digest(
-                "folder", *(f"{n}:{size}" for n, size in zip(self._names, lengths, strict=True))
-            )
+            return list(pool.map(lambda name: (self._root / name).stat(), self._names))
 
 
 class MixtureSource:
@@ -400,6 +405,10 @@ class MixtureSource:
         rows = [f"{p.source.fingerprint()}:{p.weight}:{p.min_size}" for p in self.parts]
         return digest("mixture", *rows)
 
+    def dates(self) -> str:
+        """Digest of those of its members."""
+        return digest("mixture", *(dates(part.source) for part in self.parts))
+
     def _locate(self, index: int) -> tuple[Part, int]:
         which = int(np.searchsorted(self._ends, index, side="right"))
         start = int(self._ends[which - 1]) if which else 0
@@ -409,6 +418,12 @@ class MixtureSource:
 def parts_of(source: Source) -> tuple[Part, ...]:
     """A mixture's members; any other source as the only member."""
     return source.parts if isinstance(source, MixtureSource) else (Part(source.name, source),)
+
+
+def dates(source: Source) -> str:
+    """When its files were last written; "" where they are of a data set that is written once."""
+    dated = isinstance(source, FolderSource | MixtureSource)
+    return source.dates() if dated else ""
 
 
 def digest(*texts: str) -> str:

@@ -12,7 +12,7 @@ import grain
 import numpy as np
 from jaxtyping import Bool, Int64, UInt8
 
-from dcae_jax.data import pipeline
+from dcae_jax.data import pipeline, sources
 from dcae_jax.data.pipeline import DataConfig, Positions
 from dcae_jax.evals.npz import ImagesNpz
 
@@ -31,7 +31,8 @@ class ImageSet(Protocol):
     """n images of one size."""
 
     name: str  # for people
-    digest: str  # of which images these are
+    digest: str  # of which images these are: of names and sizes of files, not of their pixels
+    dates: str  # of when its files were written; "" where the digest is of what is in them
     n: int
     side: int  # height and width in pixels
 
@@ -52,7 +53,7 @@ class Records:
         self._data = data
         self._order = _order(data, n, picked)
         self.name, self.n, self.side = name, len(self._order), data.resolution
-        self.digest = data.fingerprint()
+        self.digest, self.dates = data.fingerprint(), sources.dates(pipeline.open_source(data))
 
     @contextlib.contextmanager
     def batches(self, wanted: Int64[np.ndarray, " k"], batch: int) -> Iterator[Iterator[Batch]]:
@@ -75,6 +76,8 @@ def _batch(row: dict[str, np.ndarray]) -> Batch:
 
 class NpzImages:
     """The images of an npz, the first n of them."""
+
+    dates = ""
 
     def __init__(
         self, images: ImagesNpz, name: str, digest: str, side: int, n: int | None = None

@@ -1,11 +1,13 @@
 """Sets of images in parts, each a file of what was computed of its images.
 
 A part is whole or absent, so a killed command goes on where it was, and processes share the parts.
-Its size is a constant: what is in a part depends on no batch size and no number of devices.
+Its size is a constant: what is in a part depends on no batch size and no number of devices.  It
+holds a digest of each image's pixels too: names and sizes of files do not say what is in them.
 """
 
 import contextlib
 import dataclasses
+import hashlib
 import io
 import itertools
 import json
@@ -25,6 +27,8 @@ from dcae_jax.evals.image_sets import Batch, ImageSet
 PART = 512  # images in a part
 _FOLDER = "parts"
 _BAD = "bad"  # the JSON of [name, why] of a part's images that could not be used
+_PIXELS = "pixels"  # digests of the images of each row, one of each set
+_DIGEST = 16  # bytes of one
 _NAMED = 20  # bad images that a message names
 
 # What the devices make of a batch of each set: arrays of one row an image.  "output" (uint8) is
@@ -80,6 +84,10 @@ class Stored(NamedTuple):
         found = [json.loads(str(text)) for text in self.stream(_BAD)]
         return [(name, why) for rows in found for name, why in rows]
 
+    def digest(self, which: int) -> str:
+        """Of the pixels of all images of one of the work's sets that could be used, in order."""
+        return _digest(self.whole(_PIXELS)[:, which])
+
     def pictures(self) -> tuple[list[str], list[np.ndarray]]:
         """Names of the kept images that could be used, and of each its pictures: u8[k, h, w, 3]."""
         names = [name for names in self.stream("picture_names") for name in names.tolist()]
@@ -105,10 +113,10 @@ def there(out: epath.Path, work: Work) -> list[bool]:
         if path(out, work, part).name not in present:
             return False
         try:
-            _opened(out, work, part).close()
+            with _opened(out, work, part) as found:
+                return _PIXELS in found  # or of a version that did not look at them
         except (OSError, ValueError, EOFError, zipfile.BadZipFile):
             return False
-        return True
 
     return [whole(part) for part in range(work.parts())]
 
@@ -153,9 +161,7 @@ def compute(
     run = work.compute()
     spans = [work.span(part) for part in mine]
     wanted = np.concatenate([_padded(span, work.batch) for span in spans])
-    with contextlib.ExitStack() as opened:
-        open_sets = [opened.enter_context(s.batches(wanted, work.batch)) for s in work.sets]
-        rows = (list(together) for together in zip(*open_sets, strict=True))
+    with _read(work, wanted) as rows:
         found = _one_ahead((batches, run(batches)) for batches in rows)
         for part, span in zip(mine, spans, strict=True):
             done = []
@@ -166,6 +172,14 @@ def compute(
             _write(out, work, part, done)
             if not skip_bad:
                 refuse_bad([item for rows in done for item in rows.bad])
+
+
+@contextlib.contextmanager
+def _read(work: Work, wanted: Int64[np.ndarray, " k"]) -> Iterator[Iterator[list[Batch]]]:
+    """Batches of all sets together."""
+    with contextlib.ExitStack() as opened:
+        open_sets = [opened.enter_context(s.batches(wanted, work.batch)) for s in work.sets]
+        yield (list(together) for together in zip(*open_sets, strict=True))
 
 
 def _padded(span: range, batch: int) -> Int64[np.ndarray, " k"]:
@@ -191,16 +205,22 @@ class _Rows(NamedTuple):
 
 def _on_host(work: Work, span: range, batches: list[Batch], found: dict[str, Any]) -> _Rows:
     output = found.pop("output", None)
+    pixels = _pixels(batches)  # while the devices compute
     arrays = jax.device_get(found)
-    real = np.logical_and.reduce([b.real for b in batches])
+    real = _real(batches)
     names = batches[0].names
     if "finite" in arrays:
         _check_finite(names, arrays.pop("finite") | ~real)
     shown = [i - span.start for i in work.pictures if i in span and real[i - span.start]]
     return _Rows(
-        {name: values[real] for name, values in arrays.items()}, _bad(batches),
+        {name: values[real] for name, values in arrays.items()} | {_PIXELS: pixels}, _bad(batches),
         [names[i] for i in shown], _pictures(batches, output, shown),
     )  # fmt: skip
+
+
+def _real(batches: list[Batch]) -> Bool[np.ndarray, " b"]:
+    """Rows with an image of each set."""
+    return np.logical_and.reduce([b.real for b in batches])
 
 
 def _bad(batches: list[Batch]) -> list[tuple[str, str]]:
@@ -241,6 +261,48 @@ def refuse_bad(bad: list[tuple[str, str]]) -> None:
             "or run the same command with --skip-bad: it goes on from here, and the scores say how "
             "many were left out"
         )
+
+
+# ---------------------------------------------------------------------------------------- pixels
+
+
+def _pixels(batches: list[Batch]) -> UInt8[np.ndarray, "b k 16"]:
+    """A digest of each image of the rows that count."""
+    rows = [[batch.image[i] for batch in batches] for i in np.flatnonzero(_real(batches))]
+    found = b"".join(_hash(image) for row in rows for image in row)
+    return np.frombuffer(found, np.uint8).reshape(len(rows), len(batches), _DIGEST)
+
+
+def _hash(image: UInt8[np.ndarray, "h w 3"]) -> bytes:
+    return hashlib.blake2b(np.ravel(image).data, digest_size=_DIGEST).digest()
+
+
+def _digest(pixels: UInt8[np.ndarray, "n 16"]) -> str:
+    return hashlib.sha256(pixels.tobytes()).hexdigest()
+
+
+def digest_now(work: Work, which: int) -> str:
+    """What `Stored.digest` would say of the images as they are now; nothing is computed of them."""
+    return _digest(_pixels_now(work, range(work.n))[:, which])
+
+
+def _pixels_now(work: Work, span: range) -> UInt8[np.ndarray, "n k 16"]:
+    with _read(work, _padded(span, work.batch)) as rows:
+        return np.concatenate([_pixels(batches) for batches in rows])
+
+
+def remove_changed(out: epath.Path, work: Work) -> int:
+    """Removes the parts whose images have other pixels now; how many those were."""
+    changed = 0
+    for part, present in enumerate(there(out, work)):
+        if not present:
+            continue
+        with _opened(out, work, part) as found:
+            same = np.array_equal(found[_PIXELS], _pixels_now(work, work.span(part)))
+        if not same:
+            path(out, work, part).unlink()
+            changed += 1
+    return changed
 
 
 def _write(out: epath.Path, work: Work, part: int, done: list[_Rows]) -> None:

@@ -147,9 +147,12 @@ def key_of(metric: str, kind: Kind) -> str:
     return FID_NAMES[kind] if metric == "fid" else metric
 
 
-def label(metric: str, kind: Kind, n: int, reference: str) -> str:
-    """A name to cite: rfid50k[imagenet-val-512].  IS has no reference."""
-    behind = "" if metric == "is" else f"[{reference}]"
+def label(metric: str, kind: Kind, n: int, name: str) -> str:
+    """A name to cite, `name` of the reference or the data: rfid50k[imagenet-val-512].
+
+    IS is compared with nothing.
+    """
+    behind = "" if metric == "is" else f"[{name}]"
     return score_names.named(key_of(metric, kind), n) + behind
 
 
@@ -180,12 +183,16 @@ def standing(
 
 # --------------------------------------------------------------------------------------- comparing
 
+_PAIRED = frozenset(name for name, about in METRICS.items() if about.paired)
 _FEATURES = frozenset(("fid", "sfid", "kid", "precision", "recall"))
 # Fields of a protocol that matter to some metrics alone; the others matter to all.
 _MATTERS = {
+    "reference": _FEATURES,
     "reference_digest": _FEATURES,
     "reference_n": _FEATURES,
-    "originals_digest": frozenset(name for name, about in METRICS.items() if about.paired),
+    "reference_pixels": _FEATURES,
+    "originals_digest": _PAIRED,
+    "originals_pixels": _PAIRED,
     "resize.features": _FEATURES,
     "resize.is": frozenset(("is",)),
     "nets.inception": _FEATURES | {"is"},
@@ -196,8 +203,20 @@ _MATTERS = {
     "is": frozenset(("is",)),
     "lpips": frozenset(("lpips",)),
 }
+# Sets of images: NAME_digest is of names and sizes of files or of a file of statistics,
+# NAME_pixels of the pixels themselves; where both results have it, that alone counts.
+_IMAGES = ("data", "reference", "originals")
 # Shown, and no hindrance: how the code was, and names of what has a digest.
-_SHOWN = ("commit", "versions", "preset", "data", "split", "reference", "originals")
+_SHOWN = (
+    "commit",
+    "versions",
+    "preset",
+    "data",
+    "split",
+    "reference",
+    "originals",
+    "decoder_release",
+)
 
 
 class Comparison(NamedTuple):
@@ -210,16 +229,13 @@ class Comparison(NamedTuple):
 
 def compare(a: dict[str, Any], b: dict[str, Any]) -> Comparison:
     """Two results of metrics.json files, score by score, of those that both have with a value."""
-    changes = config.diff(a["protocol"], b["protocol"])
-    shown = {k: v for k, v in changes.items() if _is_shown(k, v)}
+    changes, shown = _changes(a["protocol"], b["protocol"])
     deltas, differing = {}, {}
     for name, score in a["scores"].items():
         values = score["value"], b["scores"][name]["value"] if name in b["scores"] else None
         if any(v is None or not math.isfinite(v) for v in values):
             continue
-        hindrance = {
-            k: v for k, v in changes.items() if k not in shown and _matters(k, metric_of(name))
-        }
+        hindrance = {k: v for k, v in changes.items() if matters(k, name)}
         if hindrance:
             differing[name] = hindrance
         else:
@@ -227,9 +243,32 @@ def compare(a: dict[str, Any], b: dict[str, Any]) -> Comparison:
     return Comparison(deltas, differing, shown)
 
 
-def _is_shown(field: str, values: tuple[Any, Any]) -> bool:
-    """Weights of one kind, which do not say which, compare with either kind of a run's."""
+_Fields = dict[str, tuple[Any, Any]]
+
+
+def _changes(a: dict[str, Any], b: dict[str, Any]) -> tuple[_Fields, _Fields]:
+    """Fields that differ: those that may be a hindrance, and those that are shown only."""
+    known = {name for name in _IMAGES if f"{name}_pixels" in a and f"{name}_pixels" in b}
+    found: tuple[_Fields, _Fields] = ({}, {})
+    for field, values in config.diff(a, b).items():
+        found[_is_shown(field, values, known)][field] = values
+    return found
+
+
+def _is_shown(field: str, values: tuple[Any, Any], known: set[str]) -> bool:
+    """Weights of one kind, which do not say which, compare with either kind of a run's.
+
+    `known`: sets of images whose pixels both results know.
+    """
+    name, _, what = field.rpartition("_")
+    if name in _IMAGES and what in ("digest", "pixels"):
+        return (what == "digest") is (name in known)
     return field.split(".")[0] in _SHOWN or (field == "weights" and config.ABSENT in values)
+
+
+def matters(field: str, score: str) -> bool:
+    """Whether a field of a protocol decides what a score of metrics.json is."""
+    return _matters(field, metric_of(score))
 
 
 def _matters(field: str, metric: str) -> bool:
@@ -246,7 +285,5 @@ def differences(
 ) -> dict[str, tuple[Any, Any]]:
     """The fields of two protocols that differ and matter to any of `scores`, or to every score."""
     metrics = ["", *map(metric_of, scores)]  # "": what matters to all matters to this one too
-    return {
-        k: v for k, v in config.diff(a, b).items()
-        if not _is_shown(k, v) and any(_matters(k, metric) for metric in metrics)
-    }  # fmt: skip
+    changes, _ = _changes(a, b)
+    return {k: v for k, v in changes.items() if any(_matters(k, metric) for metric in metrics)}

@@ -131,7 +131,7 @@ class SampleScoresConfig:
         return found
 
     def metrics(self) -> tuple[str, ...]:
-        """The names of its scores."""
+        """The names of its scores, one of which may choose the best checkpoint."""
         given = (s.value for s in self.scores if isinstance(s, Score))
         return (*(score_names.named(score, self.n) for score in given), "n")
 
@@ -222,10 +222,14 @@ class SampleScores:
             return Report(dict.fromkeys(self.cfg.metrics(), float("nan")) | n, {})
         mine, images = found
         made = FeatureScores(Held(mine, {}), self._theirs, self._preset)
-        scores = {
-            score_names.named(name, self.cfg.n): made.score(name).value for name in self._asked
-        } | n
+        scores = self._named(made) | n
         return Report(scores, self._grid(indices, images, scores, int(jax.device_get(state.step))))
+
+    def _named(self, made: FeatureScores) -> dict[str, float]:
+        """The scores by name; behind them the errors of KID and of the Inception Score."""
+        found = {score_names.named(name, self.cfg.n): made.score(name) for name in self._asked}
+        errors = {score_names.error(k): s.error for k, s in found.items() if s.error is not None}
+        return {name: score.value for name, score in found.items()} | errors
 
     # -------------------------------------------------------------------------------- the samples
 
@@ -332,7 +336,10 @@ class SampleScores:
     ) -> dict[str, Image]:  # fmt: skip
         if not indices:
             return {}
-        said = ", ".join(f"{phases.metric_name(k)} {v:.3g}" for k, v in scores.items() if k != "n")
+        said = ", ".join(
+            f"{phases.metric_name(k)} {phases.measured_as(scores, k)}"
+            for k in phases.main_metrics(scores)
+        )
         grid = pictures.grid(
             [[images[i] for i in row.tolist()] for row in indices],
             labels=[self._names[self._labels[row[0]]] for row in indices],

@@ -7,14 +7,14 @@ computed which part when.
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
 from jaxtyping import Float, Float64, Num, UInt8
 
 from dcae_jax.errors import UserError
-from dcae_jax.evals import frechet, metrics, protocol
+from dcae_jax.evals import frechet, metrics, parts, protocol
 from dcae_jax.evals.feature_scores import FeatureScores, Score
 from dcae_jax.evals.frechet import Gaussian
 from dcae_jax.evals.parts import Stored, Work
@@ -33,6 +33,15 @@ class Reference:
     prefix: str = ""  # of the names of these features
 
 
+class Pixels(NamedTuple):
+    """Where the digest of the pixels of a set of images is written."""
+
+    work: Work
+    which: int  # of its sets
+    block: str  # of the result: "protocol" or "subject"
+    fields: tuple[str, ...]
+
+
 Grid = Callable[[epath.Path, str], UInt8[np.ndarray, "h w 3"] | None]  # folder, caption
 
 
@@ -49,6 +58,7 @@ class Evaluation:
     protocol: dict[str, Any]  # without the number of images
     doubts: dict[str, str | None]  # of the weights of each network
     grid: Grid
+    pixels: tuple[Pixels, ...] = ()
 
     def works(self) -> list[Work]:
         """All whose parts the scores need."""
@@ -158,7 +168,7 @@ def result(evaluation: Evaluation, out: epath.Path) -> dict[str, Any]:
     least_images(evaluation.metrics, n)
     found = scores(evaluation, out)
     about = {"n": n} | ({"left_out": left_out} if left_out else {}) | evaluation.protocol
-    return {
+    made = {
         "name": evaluation.name,
         "kind": evaluation.kind.value,
         "subject": evaluation.subject,
@@ -169,6 +179,31 @@ def result(evaluation: Evaluation, out: epath.Path) -> dict[str, Any]:
         "protocol": about,
         "pictures": [evaluation.picture],
     }
+    for pixels in evaluation.pixels:
+        digest = Stored(out, pixels.work).digest(pixels.which)
+        made[pixels.block] = made[pixels.block] | dict.fromkeys(pixels.fields, digest)
+    return made
+
+
+def changed(evaluation: Evaluation, result: dict[str, Any]) -> list[str]:
+    """Names of the sets whose pixels are others than those that `result` was made of.
+
+    Their images are read anew.
+    """
+    found = []
+    for pixels in evaluation.pixels:
+        known = result[pixels.block].get(pixels.fields[0])  # None: of an earlier version
+        if known not in (None, parts.digest_now(pixels.work, pixels.which)):
+            found.append(pixels.work.sets[pixels.which].name)
+    return found
+
+
+def _named(evaluation: Evaluation, metric: str) -> str:
+    """What a score is of: a distribution is compared with the reference, pairs are of the data."""
+    about = evaluation.protocol
+    if protocol.METRICS[metric].reference or metric == "is":  # which is compared with nothing
+        return evaluation.reference.name
+    return about["originals"] if evaluation.kind is Kind.images else about["data"]
 
 
 def _entry(
@@ -183,7 +218,7 @@ def _entry(
     infinite = "infinite: an image equals its original" if metric == "psnr" else "not finite"
     note = standing.note if finite else infinite
     return {
-        "label": protocol.label(metric, evaluation.kind, n, reference.name),
+        "label": protocol.label(metric, evaluation.kind, n, _named(evaluation, metric)),
         "value": score.value if finite else None, "error": score.error,
         "comparable": standing.comparable and finite, "note": note,
     }  # fmt: skip

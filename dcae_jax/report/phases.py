@@ -14,7 +14,7 @@ An evaluator's name holds its data, resolution and split: "photos-128-test".
 import json
 import re
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -243,6 +243,12 @@ def score(metric: str, value: Number | None) -> str:
     return f"{value:.{_digits(score_names.parts(metric)[0])}f}"
 
 
+def measured_as(found: Mapping[str, Number], metric: str) -> str:
+    """A score with its error, where that was recorded: 0.01234 ± 0.00056."""
+    text, error = score(metric, found.get(metric)), found.get(score_names.error(metric))
+    return text if error is None else f"{text} ± {score(metric, error)}"
+
+
 def _digits(metric: str) -> int:
     if metric in ("n", "evaluations"):
         return 0
@@ -344,7 +350,7 @@ def quality_table(phases: Sequence[Phase], evaluator: str) -> Table:
     metrics = _metrics_of([found for _, found in rows_of if found])
     rows = []
     for label, found in rows_of:
-        cells = [score(m, (found or {}).get(m)) for m in metrics]
+        cells = [measured_as(found or {}, m) for m in metrics]
         if found is None and cells:
             cells[0] = "not yet run"
         rows.append([label, *cells])
@@ -353,7 +359,8 @@ def quality_table(phases: Sequence[Phase], evaluator: str) -> Table:
 
 def _metrics_of(found: Sequence[dict[str, Number]]) -> list[str]:
     """The main ones first, then whatever else was measured, by name; no losses of single times."""
-    names = {name for each in found for name in each if not _BIN.search(name)}
+    every = {name for each in found for name in each}
+    names = {name for name in every if not (_BIN.search(name) or score_names.is_error(name))}
     first = main_metrics(names)
     return first + sorted(names - set(first))
 

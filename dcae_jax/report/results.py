@@ -279,9 +279,18 @@ class Beside(NamedTuple):
     published: Published
     misses: dict[str, tuple[Any, Any]]  # field -> (ours, published), of protocols that differ
 
+    def compares(self, name: str) -> bool:
+        """Whether the protocol is the published one in all that matters to this score."""
+        return not any(protocol.matters(field, name) for field in self.misses)
+
+    @property
+    def any_compares(self) -> bool:
+        """Whether it is that for any of the published scores."""
+        return any(map(self.compares, self.published.scores))
+
     @property
     def lines(self) -> list[Line]:
-        """A row for each published score; a difference only where the protocol is the same."""
+        """A row for each published score; a difference only where its protocol is the same."""
         return [self._line(name, number) for name, number in self.published.scores.items()]
 
     @property
@@ -295,7 +304,7 @@ class Beside(NamedTuple):
         if score is None or score.value is None:
             return Line(name, "–", number, "–", score.note if score else "not measured")
         ours = text(name, score.value)
-        if self.misses or not score.comparable:
+        if not (self.compares(name) and score.comparable):
             return Line(name, ours, number, "–", "not comparable")
         found = published.compare(score.value, number)
         verdict = "within rounding" if found.within else "differs"
@@ -309,14 +318,15 @@ def _shown(value: Any) -> str:
 def beside(results: Sequence[Result], weights: str | None = None) -> list[Beside]:
     """Each result with the published scores of its weights, or of `weights` where those are given.
 
-    Those of its own protocol; where there is none, all, with what keeps them from comparing.
+    Those of its own protocol, for some score at least; where there is none, all, with what keeps
+    them from comparing.
     """
     found = []
     for result in results:
         name = weights or result.release
         every = published.of(name, result.kind) if name else []
         pairs = [Beside(result, p, _misses(result, p)) for p in every]
-        found += [pair for pair in pairs if not pair.misses] or pairs
+        found += [pair for pair in pairs if pair.any_compares] or pairs
     return found
 
 

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from dcae_jax import config, outputs
-from dcae_jax.convert.published import Published
 from dcae_jax.report import html, phases, results
 from dcae_jax.report.phases import Table
 from dcae_jax.report.results import Beside, Group, Result
@@ -72,12 +71,11 @@ def _section(number: int, group: Group, every: Sequence[Group], weights: str | N
     names, notes = group.scores(), []
     rows = [_row(result, group, names, notes) for result in group.results]
     pairs = results.beside(group.results, weights)
-    same = {pair.published.weights: pair.published for pair in pairs if not pair.misses}
-    rows += [_published_row(there, names, notes) for there in same.values()]
-    shown = [pair for pair in pairs if weights or not pair.misses]
-    elsewhere = [
-        f"Published for another protocol: {_elsewhere(p)}" for p in pairs if p not in shown
-    ]
+    same = {pair.published.weights: pair for pair in pairs if pair.any_compares}
+    rows += [_published_row(pair, names, notes) for pair in same.values()]
+    shown = [pair for pair in pairs if weights or pair.any_compares]
+    others = (f"Published for another protocol: {_elsewhere(p)}" for p in pairs if p not in shown)
+    elsewhere = list(dict.fromkeys(others))
     return Section(
         number,
         _title(group, every),
@@ -120,7 +118,7 @@ def _cell(result: Result, group: Group, name: str, notes: list[str]) -> Cell:
         shown += f" ± {results.text(name, score.error)}"
     said = score.note or ("" if score.comparable else "not comparable")
     best = score.comparable and score.value is not None and score.value == group.best(name)
-    marks = (_noted(f"{NAMES.get(name, name)}: {said}", notes),) if said else ()
+    marks = tuple(_noted(reason, notes) for reason in said.split("; ")) if said else ()
     return Cell(shown, best, marks, faint=not score.comparable or score.value is None)
 
 
@@ -131,9 +129,12 @@ def _noted(note: str, notes: list[str]) -> int:
     return notes.index(note) + 1
 
 
-def _published_row(there: Published, names: Sequence[str], notes: list[str]) -> Row:
-    cells = [Cell(there.scores.get(name, "–"), faint=name not in there.scores) for name in names]
-    if there.note:
+def _published_row(pair: Beside, names: Sequence[str], notes: list[str]) -> Row:
+    """The published scores of the table's protocol."""
+    there = pair.published
+    known = {name: text for name, text in there.scores.items() if pair.compares(name)}
+    cells = [Cell(known.get(name, "–"), faint=name not in known) for name in names]
+    if there.note:  # it stands here, and not below as well
         cells[0] = cells[0]._replace(notes=(_noted(f"published: {there.note}", notes),))
     return Row(f"{there.weights}, published", there.source, None, cells)
 
@@ -213,7 +214,7 @@ def _values(section: Section, out: epath.Path, budget: int) -> dict[str, Any]:
     return {
         "number": section.number, "title": section.title, "table": _html_table(section, out),
         "notes": section.notes, "elsewhere": section.elsewhere,
-        "beside": [(heading(pair), _beside_table(pair), below(pair)) for pair in section.beside],
+        "beside": _besides(section),
         "pictures": [picture for r in group.results for picture in _pictures(r, budget)],
         "protocol": section.protocol, "varying": _varying(group),
         "details": [(r.label, _details(r)) for r in group.results],
@@ -276,8 +277,21 @@ def heading(pair: Beside) -> str:
 
 def below(pair: Beside) -> str:
     """What a reader must know of the comparison."""
-    why_not = f"not comparable: {pair.why_not}" if pair.misses else ""
-    return "; ".join(part for part in (why_not, pair.published.note) if part)
+    found = [NAMES.get(n, n) for n in pair.published.scores if not pair.compares(n)]
+    whose = f"{', '.join(found)} " if pair.any_compares else ""
+    why_not = f"{whose}not comparable: {pair.why_not}" if found else ""
+    note = "" if pair.any_compares else pair.published.note
+    return "; ".join(part for part in (why_not, note) if part)
+
+
+def _besides(section: Section) -> list[tuple[str, Table, str]]:
+    """(heading, table, what must be known) of each comparison; the last is said once."""
+    found: list[tuple[str, Table, str]] = []
+    for pair in section.beside:
+        text = below(pair)
+        told = any(text == known for *_, known in found)
+        found.append((heading(pair), _beside_table(pair), "" if told else text))
+    return found
 
 
 def _beside_table(pair: Beside) -> Table:
@@ -322,8 +336,8 @@ def markdown(made: Sequence[Section], out: epath.Path) -> str:
     for section in made:
         parts += [f"## {section.title}", _markdown_table(section, out)]
         parts += [_numbered(section.notes)] if section.notes else []
-        for pair in section.beside:
-            parts += [f"### {heading(pair)}", _piped(_beside_table(pair)), below(pair)]
+        for title, table, text in _besides(section):
+            parts += [f"### {title}", _piped(table), text]
         parts += section.elsewhere
         fields = "; ".join(f"{name} {value}" for name, value, _ in section.protocol)
         parts.append(f"Protocol: {fields}.")
@@ -376,9 +390,8 @@ def _console(section: Section) -> str:
     rules = [i for i, row in enumerate(section.rows) if not row.file][:1]
     parts = [section.title, phases.as_text(Table(["", *map(_head, section.names)], rows, rules))]
     parts += [f"({i}) {note}" for i, note in enumerate(section.notes, 1)]
-    for pair in section.beside:
-        parts += ["", heading(pair), phases.as_text(_beside_table(pair))]
-        parts += [below(pair)] if below(pair) else []
+    for title, table, text in _besides(section):
+        parts += ["", title, phases.as_text(table), *([text] if text else [])]
     parts += section.elsewhere
     return "\n".join(parts)
 

@@ -4,6 +4,7 @@ import contextlib
 import io
 import itertools
 import json
+import os
 import pathlib
 import shutil
 import signal
@@ -29,7 +30,7 @@ from dcae_jax import autoencoder, checkpoint, outputs, sharding
 from dcae_jax.cli import _evaluate_folder, _evaluate_job, evaluate
 from dcae_jax.config import InitWeights, MeshConfig
 from dcae_jax.data import pipeline, transforms
-from dcae_jax.evals import parts
+from dcae_jax.evals import extract, parts
 
 ALL = "psnr,ssim,lpips,rfid,is,precision,recall,latent-rms"  # sFID takes seconds: the other file
 CHEAP = ["--metrics", "psnr,ssim,latent-rms"]
@@ -131,7 +132,7 @@ def test_the_record_and_the_table(scored, workdir, nets) -> None:
     assert about["reference"] == name and about["reference_digest"] == about["data_digest"]
     assert about["resize"] == {"features": "half_pixel", "is": "tf1"} and about["preset"] == "dcae"
     assert about["nets"].keys() == {"inception", "lpips"} and len(about["nets"]["lpips"]) == 64
-    assert "torchmetrics 1.5" in about["ssim"] and about["matmul_precision"] == "highest"
+    assert "torchmetrics before 1.5" in about["ssim"] and about["matmul_precision"] == "highest"
     assert found["made"]["versions"]["jax"] == jax.__version__
     for k in scores:
         assert f"{labels[k]} " in said
@@ -173,6 +174,33 @@ def test_the_scores_against_independent_ones(scored, workdir) -> None:
     assert scores["is"] == pytest.approx(np.mean(kl), rel=1e-5)
 
 
+def test_pairs_are_named_by_the_data_and_distributions_by_the_reference(
+    command, given, nets, tmp_path
+) -> None:
+    np.savez(tmp_path / "train.npz", mu=np.zeros(128), sigma=np.eye(128))
+    options = ["--reference", tmp_path / "train.npz", "--metrics", "psnr,rfid,is,latent-rms"]
+    options += ["--data-name", "val", "--n", 10, "--split", "train", "--batch", 6]  # as `scored`
+    code, _, complaints = command(*given, *options)
+    assert code == 0, complaints
+    found = record(tmp_path / "out")["results"][0]["scores"]
+    assert {name: score["label"] for name, score in found.items()} == {
+        "psnr": "psnr10[val-32]", "rfid": "rfid10[train]", "is": "is10",
+        "latent-rms": "latent-rms10[val-32]",
+    }  # fmt: skip
+
+
+def test_results_reads_and_compares_what_is_written(command, scored, tmp_path) -> None:
+    out = tmp_path / "runs" / "a"
+    shutil.copytree(scored[0], out, ignore=shutil.ignore_patterns("parts"))
+    code, said, _ = command("results", tmp_path / "runs")
+    assert code == 0 and "Autoencoders · dcae_jax_tiny_images-train-32 · 18 images\n" in said
+    page = (tmp_path / "runs" / "results.html").read_text()
+    assert page.count("<figure>") == 2
+    assert "psnr18<br>[dcae_jax_tiny_images-train-32]" in page
+    code, said, _ = command("results", "--compare", out, out)
+    assert code == 0 and said.count("+0.000 ") >= 2
+
+
 def test_average_and_raw_weights_and_bfloat16(command, given, tmp_path) -> None:
     found = {}
     for name, options in (
@@ -189,8 +217,8 @@ def test_average_and_raw_weights_and_bfloat16(command, given, tmp_path) -> None:
 
 @pytest.mark.parametrize(
     ("batch", "devices"),
-    [(1, 1), (7, 1), (64, 8), pytest.param(64, 1, marks=pytest.mark.slow),
-     pytest.param(1, 8, marks=pytest.mark.slow), pytest.param(7, 8, marks=pytest.mark.slow)],
+    [(7, 1), (64, 8)]
+    + [pytest.param(*case, marks=pytest.mark.slow) for case in ((1, 1), (64, 1), (1, 8), (7, 8))],
 )  # fmt: skip
 def test_batches_and_devices_change_nothing(
     command, given, scored, tmp_path, monkeypatch, batch, devices
@@ -235,9 +263,10 @@ def test_the_data_and_their_names(given, folder, monkeypatch) -> None:
 
 
 def test_equal_images_have_an_infinite_psnr_which_is_null(command, given, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        "dcae_jax.evals.extract.metrics_lib.mse", lambda x, y: jnp.zeros(x.shape[0])
-    )
+    def equal(params, images, originals, arrays: frozenset) -> dict:
+        return {"mse": jnp.zeros(len(images))}
+
+    monkeypatch.setattr(extract, "_pair_scores", equal)  # no program is compiled of it
     code, said, _ = command(*given, "--metrics", "psnr")
     score = record(tmp_path / "out")["results"][0]["scores"]["psnr"]
     assert code == 0 and score["value"] is None and not score["comparable"]
@@ -311,6 +340,42 @@ def test_a_finished_folder_says_so_and_others_are_refused(
     code, _, complaints = command(*given, "--out", tmp_path / "full")
     assert code == 2 and "is not empty and has no whole evaluate.json" in complaints
     assert [p.name for p in (tmp_path / "full").iterdir()] == ["thesis.txt"]
+
+
+def test_files_of_the_same_size_with_other_pixels_are_other_images(
+    command, given, small_parts, tmp_path, monkeypatch
+) -> None:
+    """Names and sizes say nothing: of four bitmaps the last one changes."""
+    folder, out = tmp_path / "bitmaps", tmp_path / "out"
+    folder.mkdir()
+
+    def save(i: int, seed: int, age: int) -> None:
+        Image.fromarray(networks.picture(32, 32, seed)).save(folder / f"{i}.bmp")
+        os.utime(folder / f"{i}.bmp", (age, age))
+        pipeline._OPEN.clear()  # as in a new process
+
+    for i in range(4):
+        save(i, i, 1_000_000)
+    given = [*given, "--metrics", "psnr", "--images", folder, "--resolution", 32]
+    first = [*given, "--out", tmp_path / "first"]
+    assert command(*first)[0] == 0
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(evaluate, "_finish", lambda *a: (_ for _ in ()).throw(Killed))
+        command(*given)
+    save(3, 3, 2_000_000)
+    code, said, complaints = command(*first)
+    assert code == 0 and "comparing pixels" in said and "finished already" in said, complaints
+    assert "comparing pixels" not in command(*first)[1], "it is known from now on"
+    save(3, 9, 3_000_000)
+    code, _, complaints = command(*first)
+    assert code == 2 and "scores of other images: the files of bitmaps-32 have" in complaints
+    code, said, complaints = command(*given)
+    assert code == 0 and "1 part(s) are of images that have changed since" in said, complaints
+    assert "1 part(s) there already" in said
+    one, two = (record(path)["results"][0]["protocol"] for path in (tmp_path / "first", out))
+    assert one["data_digest"] == two["data_digest"] and one["data_pixels"] != two["data_pixels"]
+    code, said, _ = command("results", "--compare", tmp_path / "first", out)
+    assert code == 1 and "no difference is given of psnr" in said and "data_pixels: " in said
 
 
 def test_two_commands_do_not_share_a_folder_and_a_full_disk_is_told(
@@ -408,6 +473,8 @@ def test_mistakes_are_told_before_any_weights_are_read(
         (["--nets", tmp_path], "python -m dcae_jax import-net inception"),
         (["--nets", tmp_path, "--metrics", "lpips"], "python -m dcae_jax import-net lpips-alex"),
         (["--images", "nowhere"], "--images nowhere is no folder of images"),
+        (["--images", "nowhere", "--nets", tmp_path], "--images nowhere is no folder of images"),
+        (["--from", "nowhere", "--nets", tmp_path], "nowhere does not exist; give a workdir"),
         (["--images", folder, f"--config={runs.CONFIG}"], "both name data"),
         (["--data-name", "a/b"], "must be letters"),
         (["--reference", "nowhere.npz"], "nowhere.npz"),

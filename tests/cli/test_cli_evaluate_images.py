@@ -90,17 +90,17 @@ def test_folders_files_and_statistics_of_the_same_images_agree(
     assert values(files) == pytest.approx(values(folders), rel=1e-6)
     path = tmp_path / "ref.npz"
     given = ["evaluate", "--images", sets["val"], "--nets", nets, "--batch", 5]
-    code, said, complaints = command(*given, "--write-reference", path, "--data-name", "imagenet")
+    code, said, complaints = command(
+        *given, "--write-reference", path, "--data-name", "imagenet", "--metrics", "fid"
+    )
     assert code == 0 and "imagenet-24, 12 images" in said, complaints
     assert [p.name for p in tmp_path.glob("ref*")] == ["ref.npz"], "no parts are left"
-    found = evaluated("--images", sets["made"], "--reference", path, "--metrics", "fid,sfid,is")
-    assert found["scores"]["sfid"]["label"] == "sfid12[imagenet-24]"
-    assert found["scores"].pop("sfid")["value"] > 1
+    found = evaluated("--images", sets["made"], "--reference", path, *metrics)
+    assert found["scores"]["fid"]["label"] == "fid12[imagenet-24]"
     assert values(found) == pytest.approx(values(folders), rel=1e-6)
     assert "N = 12 < 2048" in found["scores"]["fid"]["note"]
     with np.load(path) as written:  # as pytorch-fid reads it
-        assert {"mu", "sigma", "mu_s", "sigma_s"} <= {*written}
-        assert written["mu"].shape == (128,) and written["sigma_s"].shape == (2023, 2023)
+        assert {"mu", "sigma"} <= {*written} and written["mu"].shape == (128,)
     same = evaluated("--images", sets["val"], "--reference", path, *metrics)
     assert values(same)["fid"] < 1e-6
     # What the statistics were made with must fit.
@@ -115,6 +115,23 @@ def test_folders_files_and_statistics_of_the_same_images_agree(
         assert code == 2 and message in complaints, complaints
     code, _, complaints = command(*given, "--write-reference", path)
     assert code == 2 and "exists" in complaints
+
+
+@pytest.mark.slow
+def test_sfid_to_statistics_that_are_written_by_default(command, evaluated, sets, nets, tmp_path):
+    """Slow for the roots of its covariances, 2023 x 2023."""
+    path = tmp_path / "ref.npz"
+    given = ["evaluate", "--images", sets["val"], "--nets", nets, "--write-reference", path]
+    assert command(*given)[0] == 0
+    with np.load(path) as written:  # as ADM's evaluator reads it
+        assert {"mu", "sigma", "mu_s", "sigma_s"} <= {*written}
+        assert written["sigma_s"].shape == (2023, 2023)
+    found = evaluated("--images", sets["made"], "--reference", path, "--metrics", "sfid")
+    assert found["scores"]["sfid"]["label"] == "sfid12[val-24]"
+    folders = evaluated("--images", sets["made"], "--against", sets["val"], "--metrics", "sfid")
+    assert values(found)["sfid"] > 1
+    # The same features; in the file as float64.
+    assert values(found)["sfid"] == pytest.approx(values(folders)["sfid"], rel=1e-6)
 
 
 def test_adm_takes_statistics_and_images_of_its_reference_batch(

@@ -5,9 +5,7 @@ import json
 import re
 
 import frozen_nets
-import jax
 import metrics_files
-import networks
 import numpy as np
 import pytest
 import test_cli_sample as samples
@@ -15,9 +13,8 @@ from etils import epath
 from metrics_files import IN64, protocol, result, write
 from PIL import Image
 
-from dcae_jax import autoencoder, checkpoint, sharding
-from dcae_jax.cli import _evaluate_autoencoder, _evaluate_generation, evaluate
-from dcae_jax.config import MeshConfig
+from dcae_jax import autoencoder, checkpoint, provenance
+from dcae_jax.cli import _evaluate_autoencoder, _evaluate_generation, _sample_folder, evaluate
 from dcae_jax.data import photos, sources, transforms
 
 
@@ -33,21 +30,12 @@ def test_one_folder_gets_the_page_and_the_tables(command, tmp_path) -> None:
     assert (tmp_path / "runs" / "results.md").read_bytes() == first
 
 
-def test_what_evaluate_writes_is_read_and_compared(command, workdir, tmp_path, monkeypatch) -> None:
-    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])  # quicker to compile than for eight
-    monkeypatch.setattr(sharding, "make_mesh", lambda *args: mesh)
-    (tmp_path / "images").mkdir()
-    for i in range(3):
-        Image.fromarray(networks.picture(32, 32, i)).save(tmp_path / "images" / f"{i}.png")
-    given = ["--from", workdir, "--images", tmp_path / "images", "--resolution", 32, "--batch", 3]
-    out = tmp_path / "runs" / "a"
-    assert command("evaluate", *given, "--metrics", "psnr,latent-rms", "--out", out)[0] == 0
-    code, said, _ = command("results", tmp_path / "runs")
-    assert code == 0 and "Autoencoders · images-32 · 3 images\n" in said
-    page = (tmp_path / "runs" / "results.html").read_text()
-    assert page.count("<figure>") == 1 and "psnr3<br>[images-32]" in page
-    code, said, _ = command("results", "--compare", out, out)
-    assert code == 0 and said.count("+0.000") == 2
+def test_the_command_is_recorded_as_a_shell_takes_it(monkeypatch) -> None:
+    program = "somewhere/dcae_jax/__main__.py"
+    monkeypatch.setattr("sys.argv", [program, "evaluate", "--images", "my photos", "--n", "3"])
+    assert provenance.command() == "python -m dcae_jax evaluate --images 'my photos' --n 3"
+    monkeypatch.setattr("sys.argv", ["main.py", "--config=c.py:phase 1"])
+    assert provenance.command() == "python main.py '--config=c.py:phase 1'"
 
 
 def test_an_evaluation_says_whose_release_was_imported(workdir) -> None:
@@ -59,16 +47,40 @@ def test_an_evaluation_says_whose_release_was_imported(workdir) -> None:
 
 
 def test_an_evaluation_of_samples_says_whose_release_it_is(workdir, tmp_path, monkeypatch) -> None:
-    name = f"{IN64}-uvit-h-in-512px"
+    name, drawn = f"{IN64}-uvit-h-in-512px", tmp_path / "out" / "samples"
     run = samples.save(tmp_path / "run", samples.manifest_of(workdir))
-    argv = ["--from", run, "--metrics", "is", "--nets", frozen_nets.folder(), "--n", 16]
-    args, _ = evaluate._parser().parse_known_args([*map(str, argv), "--out", str(tmp_path / "out")])
-    assert "release" not in _evaluate_generation.job(args).evaluations[0].subject
+    argv = ["--metrics", "is", "--nets", frozen_nets.folder(), "--out", tmp_path / "out"]
+
+    def subject_and_protocol(kind, *more: object) -> tuple[dict, dict]:
+        args, _ = evaluate._parser().parse_known_args([*map(str, [*argv, *more])])
+        (found,) = kind(args).evaluations
+        return found.subject, found.protocol
+
+    of_run = (_evaluate_generation.job, "--from", run, "--n", 16)
+    assert "release" not in subject_and_protocol(*of_run)[0]
     meta = checkpoint.source_meta
     monkeypatch.setattr(
         checkpoint, "source_meta", lambda *a: {**meta(*a), "diffusion": {"release": name}}
     )
-    assert _evaluate_generation.job(args).evaluations[0].subject["release"] == name
+    assert subject_and_protocol(*of_run)[0]["release"] == name
+    # The folder of `sample` knows it too.
+    job = samples.job("--from", run, "--n", 16, "--out", drawn)
+    net = dataclasses.replace(
+        autoencoder.load(str(workdir)), origin=autoencoder.Origin(f"mit-han-lab/{IN64}")
+    )
+    _sample_folder.write_record(job, _sample_folder.decoder_of(net))
+    (drawn / "images").mkdir()
+    for i in range(16):
+        Image.new("RGB", (16, 16)).save(_sample_folder.picture_path(drawn, i))
+    subject, about = subject_and_protocol(_evaluate_generation.folder_job, "--samples", drawn)
+    assert subject["release"] == name
+    assert (about["decoder"], about["decoder_release"]) == (net.decoder, IN64)
+    # One of an earlier version does not.
+    record = json.loads((drawn / "sample.json").read_text())
+    del record["release"], record["decoder_release"]
+    (drawn / "sample.json").write_text(json.dumps(record))
+    subject, about = subject_and_protocol(_evaluate_generation.folder_job, "--samples", drawn)
+    assert "release" not in subject and "decoder_release" not in about
 
 
 def test_several_folders_and_a_place(command, tmp_path, monkeypatch) -> None:

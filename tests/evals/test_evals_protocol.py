@@ -112,6 +112,19 @@ def test_scores_without_a_value_are_not_compared() -> None:
     assert protocol.compare(RESULT, other).deltas.keys() == {"rfid", "lpips"}
 
 
+def test_pixels_count_where_both_know_them_and_else_names_and_sizes_of_files() -> None:
+    a, same = changed(data_digest="1", data_pixels="p"), changed(data_digest="2", data_pixels="p")
+    found = protocol.compare(a, same)
+    assert not found.differing and found.shown == {"data_digest": ("1", "2")}
+    other = protocol.compare(a, changed(data_digest="1", data_pixels="q"))
+    assert other.differing.keys() == RESULT["scores"].keys() and not other.shown
+    assert other.differing["psnr"] == {"data_pixels": ("p", "q")}
+    older = protocol.compare(a, changed(data_digest="2"))
+    assert older.differing["psnr"] == {"data_digest": ("1", "2")}
+    one, two = (changed(reference_pixels=pixels) for pixels in "pq")
+    assert protocol.compare(one, two).differing == {"rfid": {"reference_pixels": ("p", "q")}}
+
+
 def test_pairs_with_other_originals_are_not_compared() -> None:
     """Of two folders: PSNR belongs to the images that they were held against, FID does not."""
     a, b = (

@@ -11,7 +11,10 @@ from etils import epath
 from metrics_files import IN64, protocol, result, write
 from test_html_report import Structure
 
+from dcae_jax import config
+from dcae_jax.cli import _evaluate_generation, _sample_job
 from dcae_jax.convert import published, releases
+from dcae_jax.diffusion.process import Kind, ProcessConfig
 from dcae_jax.errors import UserError
 from dcae_jax.report import comparison, results, results_page
 
@@ -26,8 +29,13 @@ def cells(made, row=0, section=0):
 
 
 def guided(scale):
-    drawn = {"sampler": "dpm_fast", "steps": 30, "labels": "random", "reference_n": 1_281_167}
-    guidance = {"scale": scale, "start": 0.0, "stop": 1.0, "channels": 0}
+    drawn = {
+        "sampler": "dpm_fast", "steps": 30, "sampler_options": {"end": 0.001}, "labels": "random",
+        "reference_n": 1_281_167, "decoder_release": IN64,
+    }  # fmt: skip
+    guidance = {
+        "scale": scale, "reference": "null_class", "start": 0.0, "stop": 1.0, "channels": 0
+    }  # fmt: skip
     return protocol(guidance=guidance, **drawn)
 
 
@@ -122,11 +130,36 @@ def test_the_best_is_marked_among_scores_that_compare(tmp_path):
     assert best == [[], ["psnr", "rfid"], []], "nothing is best of RMS, and 1 compares with nothing"
     assert cells(made, 2)["rfid"] == results_page.Cell("1.0000", notes=(1,), faint=True)
     assert cells(made, 2)["latent-rms"].text == "–"
-    assert made[0].notes == [f"rFID: {FEW}"]
+    assert made[0].notes == [FEW]
     text = results_page.markdown(made, epath.Path(tmp_path / "x.html"))
-    assert f"1. rFID: {FEW}" in text and "| **26.000** | **2.0000** |" in text
+    assert f"1. {FEW}" in text and "| **26.000** | **2.0000** |" in text
     alone = gather(tmp_path / "a")
     assert not any(cell.best for cell in cells(alone).values())
+
+
+def test_a_reason_that_several_scores_share_is_told_once(tmp_path):
+    doubt = "comparable with nothing (inception: random weights, seed 0)"
+    about = {"rfid": {"note": f"{doubt}; {FEW}"}, "is": {"note": doubt}, "sfid": {"note": FEW}}
+    about = {name: known | {"comparable": False} for name, known in about.items()}
+    write(tmp_path, result(subject=OWN, scores=dict.fromkeys(about, 3.0), about=about))
+    made = gather(tmp_path)
+    assert made[0].notes == [doubt, FEW]
+    assert {n: c.notes for n, c in cells(made).items()} == {
+        "rfid": (1, 2),
+        "sfid": (2,),
+        "is": (1,),
+    }
+
+
+def test_what_keeps_several_results_from_comparing_is_told_once(tmp_path):
+    for name in "ab":
+        write(tmp_path / name, result(protocol=protocol(n=64)))
+    assert len(gather(tmp_path)[0].elsewhere) == 1
+    made = gather(tmp_path, weights=IN64)
+    assert len(made[0].beside) == 2
+    assert results_page.console(made).count("not comparable: n 64 here") == 1
+    text = results_page.markdown(made, epath.Path("x.html"))
+    assert text.count("n 64 here, 50000 there") == 1 and text.count("### ") == 2
 
 
 def test_what_was_not_measured_and_errors_are_told(tmp_path):
@@ -252,6 +285,40 @@ def test_published_scores_are_of_their_reference_and_their_sampler():
     assert published.misses(first, wrong) == {
         "reference_n": (10_000, 1_281_167), "sampler": ("euler", "dpm_fast"), "steps": (5, 30),
     }  # fmt: skip
+    wrong = guided(1.0) | {"sampler_options": {"end": 0.01}, "decoder_release": None}
+    wrong["guidance"]["reference"] = "weak_model"
+    assert published.misses(first, wrong) == {
+        "sampler_options.end": (0.01, 0.001), "decoder_release": (None, IN64),
+        "guidance.reference": ("weak_model", "null_class"),
+    }  # fmt: skip
+
+
+def test_what_is_published_of_each_family_is_what_sample_draws_by_default():
+    """Options that a sampler has not, or has by another default, would never compare."""
+    kinds = {Kind.scaled_linear: "uvit", Kind.flow: "usit", Kind.ddpm: "dit"}
+    found = {}
+    for kind, family in kinds.items():
+        sampler, _ = _sample_job._published(ProcessConfig(kind=kind))
+        how = _evaluate_generation._sampling(sampler)
+        found[family] = config.flatten(how)
+    for there in (p for p in published.PUBLISHED if p.kind == "generation"):
+        how = next(how for family, how in found.items() if f"-{family}-" in there.weights)
+        wanted = {k: v for k, v in there.protocol.items() if k.startswith(("sampler", "steps"))}
+        assert wanted.items() <= how.items(), there.weights
+
+
+def test_another_reference_keeps_rfid_apart_and_not_the_scores_of_pairs(tmp_path):
+    write(tmp_path, result(protocol=protocol(reference="imagenet-train-512")))
+    made = gather(tmp_path)
+    (found,) = made[0].beside
+    assert {x.score: x.verdict for x in found.lines} == {
+        "rfid": "not comparable", "psnr": "differs", "ssim": "within rounding",
+        "lpips": "differs", "latent-rms": "within rounding",
+    }  # fmt: skip
+    said = "rFID not comparable: reference imagenet-train-512 here, imagenet-val-512 there"
+    assert said in results_page.console(made)
+    row = dict(zip(made[0].names, made[0].rows[-1].cells, strict=True))
+    assert (row["rfid"].text, row["psnr"].text) == ("–", "26.149"), "in the table likewise"
 
 
 # ---------------------------------------------------------------------------------------- the page
