@@ -13,7 +13,7 @@ import pytest
 from etils import epath
 
 from dcae_jax import checkpoint, config, sharding, tree
-from dcae_jax.cli import _diffusion, _sample_job, sample
+from dcae_jax.cli import _diffusion, _sample_job, _trained, sample
 from dcae_jax.config import MeshConfig
 from dcae_jax.convert import (
     diffusion_from_torch,
@@ -427,7 +427,7 @@ def test_an_import_is_a_run(work):
     assert manifest.resolution == 16 and manifest.num_classes == 5
     args = sample._parser().parse_args(["--from", str(work), "--out", "unused"])
     model = _sample_job._find(args, "--from", str(work))
-    _, variables = sample.load(model, sharding.make_mesh(MeshConfig(), jax.devices()[:1]))
+    _, variables = _trained.load(model, sharding.make_mesh(MeshConfig(), jax.devices()[:1]))
     scale = variables.constants["norm"].scale
     assert scale.tolist() == [0.75] * 4
     ours = tree.flatten(load("usit_official").variables["params"])
