@@ -1,0 +1,148 @@
+"""A Slurm cluster of one node on this machine: munged, slurmctld, slurmd, nothing of systemd.
+
+    with Cluster(folder) as cluster: subprocess.run(["sinfo"], env=cluster.env)
+
+Needs Debian's packages slurmctld, slurmd, slurm-client and munge, and root (slurmd starts the
+steps of other users).  Everything lives in one folder; what was started is ended with the block.
+"""
+
+import contextlib
+import os
+import pathlib
+import secrets
+import socket
+import subprocess
+import time
+from collections.abc import Sequence
+
+# No cgroups (linuxproc), no accounting, a node whose count of processors is what the config says
+# (FastSchedule's successor SlurmdParameters=config_overrides), and quick scheduling.
+CONF = """\
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmUser=root
+SlurmdUser=root
+SlurmctldPort={ctld}
+SlurmdPort={slurmd}
+AuthType=auth/munge
+CryptoType=crypto/munge
+AuthInfo=socket={folder}/munge.socket
+CredType=cred/munge
+SwitchType=switch/none
+MpiDefault=none
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+JobCompType=jobcomp/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+SchedulerType=sched/builtin
+SchedulerParameters=sched_interval=1,batch_sched_delay=0,sched_min_interval=0
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+JobRequeue=1
+KillWait=60
+ReturnToService=2
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd.log
+SlurmdParameters=config_overrides
+NodeName=node0 NodeHostname={host} NodeAddr=127.0.0.1 Port={slurmd} CPUs=8 State=UNKNOWN
+PartitionName=normal Nodes=node0 Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=60
+PartitionName=urgent Nodes=node0 MaxTime=INFINITE State=UP PriorityTier=2
+"""
+
+
+def _free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        found = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for s in found:
+            s.bind(("127.0.0.1", 0))
+        return [s.getsockname()[1] for s in found]
+
+
+class Cluster:
+    """Starts with the block, ends with it; `env` is for the commands of its users."""
+
+    def __init__(self, folder: pathlib.Path) -> None:
+        self.folder = folder
+        self.env = dict(os.environ, SLURM_CONF=str(folder / "slurm.conf"))
+        self._daemons: list[subprocess.Popen] = []
+
+    def __enter__(self) -> "Cluster":
+        try:
+            self._configure()
+            self._daemon(
+                "munged", "--foreground", f"--key-file={self.folder}/munge.key",
+                f"--socket={self.folder}/munge.socket", f"--pid-file={self.folder}/munged.pid",
+                f"--log-file={self.folder}/munged.log", f"--seed-file={self.folder}/munged.seed",
+            )  # fmt: skip
+            self._wait("munged", lambda: (self.folder / "munge.socket").exists())
+            self._daemon("slurmctld", "-D", "-i")
+            self._daemon("slurmd", "-D", "-N", "node0")
+            self._wait("the node", lambda: "idle" in self.run("sinfo", "-h", "-o", "%t"))
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Ends what was started, last first."""
+        for daemon in reversed(self._daemons):
+            daemon.terminate()
+            try:
+                daemon.wait(timeout=20)
+            except subprocess.TimeoutExpired:
+                daemon.kill()
+                daemon.wait()
+
+    def run(self, *command: str) -> str:
+        """Output of a command of Slurm; "" where it fails (the daemons may still be starting)."""
+        done = subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=60)
+        return done.stdout if done.returncode == 0 else ""
+
+    def logs(self) -> str:
+        """The ends of the daemons' logs."""
+        files = sorted(self.folder.glob("*.log"))
+        return "\n".join(f"== {p.name}\n" + p.read_text(errors="replace")[-3000:] for p in files)
+
+    def _configure(self) -> None:
+        ctld, slurmd = _free_ports(2)
+        for name in ("state", "spool"):
+            (self.folder / name).mkdir(parents=True)
+        self.folder.chmod(0o755)  # munged refuses sockets that others cannot reach
+        key = self.folder / "munge.key"
+        key.write_bytes(secrets.token_bytes(128))
+        key.chmod(0o400)
+        text = CONF.format(folder=self.folder, host=socket.gethostname(), ctld=ctld, slurmd=slurmd)
+        (self.folder / "slurm.conf").write_text(text)
+
+    def _daemon(self, *command: str) -> None:
+        with open(self.folder / f"{command[0]}.out.log", "w") as out:
+            self._daemons.append(
+                subprocess.Popen(
+                    command, env=self.env, stdout=out, stderr=subprocess.STDOUT,
+                    stdin=subprocess.DEVNULL,
+                )
+            )  # fmt: skip
+
+    def _wait(self, what: str, ready: "contextlib.Callable", seconds: float = 60) -> None:
+        end = time.monotonic() + seconds
+        while not ready():
+            gone = [d.args[0] for d in self._daemons if d.poll() is not None]
+            if gone or time.monotonic() > end:
+                raise RuntimeError(f"{what} did not start ({gone} ended):\n{self.logs()}")
+            time.sleep(0.3)
+
+
+def installed() -> Sequence[str]:
+    """The programs of Slurm that are missing."""
+    from shutil import which
+
+    return [
+        n for n in ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol") if not which(n)
+    ]
