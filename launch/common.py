@@ -58,11 +58,15 @@ def flag(flags: Sequence[str], name: str) -> str | None:
     return found
 
 
-def main_command(python: str, flags: Sequence[str], devices: int | None) -> list[str]:
-    """`python main.py FLAGS`; the number of devices of all processes is checked where known."""
-    known = devices is not None and flag(flags, "expect_devices") is None
-    checked = [f"--expect_devices={devices}"] if known else []
-    return [python, os.path.relpath(ROOT / "main.py"), *flags, *checked]
+def main_flags(flags: Sequence[str], devices: int) -> list[str]:
+    """Flags of main.py with the number of devices of all processes, which it then checks."""
+    given = flag(flags, "expect_devices") is not None
+    return [*flags, *([] if given else [f"--expect_devices={devices}"])]
+
+
+def main_command(python: str, flags: Sequence[str], devices: int) -> list[str]:
+    """`python main.py FLAGS`, from the folder that we are in."""
+    return [python, os.path.relpath(ROOT / "main.py"), *main_flags(flags, devices)]
 
 
 def require_flags(flags: Sequence[str]) -> None:

@@ -1,19 +1,21 @@
-"""A Slurm cluster of one node on this machine: munged, slurmctld, slurmd, nothing of systemd.
+"""A Slurm cluster of two nodes on this machine: munged, slurmctld, slurmd, nothing of systemd.
 
-    with Cluster(folder) as cluster: subprocess.run(["sinfo"], env=cluster.env)
+    with Cluster() as cluster: subprocess.run(["sinfo"], env=cluster.env)
 
 Needs Debian's packages slurmctld, slurmd, slurm-client and munge, and root (slurmd starts the
-steps of other users).  Everything lives in one folder; what was started is ended with the block.
+steps of other users).  All files lie in one folder, which ends with the block, as all processes do.
 """
 
 import contextlib
 import os
 import pathlib
 import secrets
+import shutil
 import socket
 import subprocess
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 # No cgroups (linuxproc), no accounting, a node whose count of processors is what the config says
 # (FastSchedule's successor SlurmdParameters=config_overrides), and quick scheduling.
@@ -22,8 +24,7 @@ ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
 SlurmUser=root
 SlurmdUser=root
-SlurmctldPort={ctld}
-SlurmdPort={slurmd}
+SlurmctldPort={ports[0]}
 AuthType=auth/munge
 CryptoType=crypto/munge
 AuthInfo=socket={folder}/munge.socket
@@ -45,15 +46,16 @@ JobRequeue=1
 KillWait=60
 ReturnToService=2
 StateSaveLocation={folder}/state
-SlurmdSpoolDir={folder}/spool
+SlurmdSpoolDir={folder}/spool.%n
 SlurmctldPidFile={folder}/slurmctld.pid
-SlurmdPidFile={folder}/slurmd.pid
+SlurmdPidFile={folder}/slurmd.%n.pid
 SlurmctldLogFile={folder}/slurmctld.log
-SlurmdLogFile={folder}/slurmd.log
+SlurmdLogFile={folder}/slurmd.%n.log
 SlurmdParameters=config_overrides
-NodeName=node0 NodeHostname={host} NodeAddr=127.0.0.1 Port={slurmd} CPUs=8 State=UNKNOWN
-PartitionName=normal Nodes=node0 Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=60
-PartitionName=urgent Nodes=node0 MaxTime=INFINITE State=UP PriorityTier=2
+NodeName=node0 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=4 State=UNKNOWN
+NodeName=node1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=4 State=UNKNOWN
+PartitionName=normal Nodes=ALL Default=YES MaxTime=INFINITE PriorityTier=1 GraceTime=60
+PartitionName=urgent Nodes=ALL MaxTime=INFINITE PriorityTier=2
 """
 
 
@@ -68,9 +70,11 @@ def _free_ports(count: int) -> list[int]:
 class Cluster:
     """Starts with the block, ends with it; `env` is for the commands of its users."""
 
-    def __init__(self, folder: pathlib.Path) -> None:
-        self.folder = folder
-        self.env = dict(os.environ, SLURM_CONF=str(folder / "slurm.conf"))
+    def __init__(self) -> None:
+        # Not pytest's folder: munged refuses a socket in one that is closed to others.
+        self.folder = pathlib.Path(tempfile.mkdtemp(prefix="dcae_jax_slurm_"))
+        self.folder.chmod(0o755)
+        self.env = dict(os.environ, SLURM_CONF=str(self.folder / "slurm.conf"))
         self._daemons: list[subprocess.Popen] = []
 
     def __enter__(self) -> "Cluster":
@@ -83,8 +87,9 @@ class Cluster:
             )  # fmt: skip
             self._wait("munged", lambda: (self.folder / "munge.socket").exists())
             self._daemon("slurmctld", "-D", "-i")
-            self._daemon("slurmd", "-D", "-N", "node0")
-            self._wait("the node", lambda: "idle" in self.run("sinfo", "-h", "-o", "%t"))
+            for node in ("node0", "node1"):
+                self._daemon("slurmd", "-D", "-N", node)
+            self._wait("the nodes", lambda: "2 idle" in self.run("sinfo", "-h", "-o", "%D %t"))
         except BaseException:
             self.__exit__()
             raise
@@ -99,6 +104,7 @@ class Cluster:
             except subprocess.TimeoutExpired:
                 daemon.kill()
                 daemon.wait()
+        shutil.rmtree(self.folder)
 
     def run(self, *command: str) -> str:
         """Output of a command of Slurm; "" where it fails (the daemons may still be starting)."""
@@ -111,18 +117,15 @@ class Cluster:
         return "\n".join(f"== {p.name}\n" + p.read_text(errors="replace")[-3000:] for p in files)
 
     def _configure(self) -> None:
-        ctld, slurmd = _free_ports(2)
-        for name in ("state", "spool"):
-            (self.folder / name).mkdir(parents=True)
-        self.folder.chmod(0o755)  # munged refuses sockets that others cannot reach
+        (self.folder / "state").mkdir(parents=True)
         key = self.folder / "munge.key"
         key.write_bytes(secrets.token_bytes(128))
         key.chmod(0o400)
-        text = CONF.format(folder=self.folder, host=socket.gethostname(), ctld=ctld, slurmd=slurmd)
+        text = CONF.format(folder=self.folder, host=socket.gethostname(), ports=_free_ports(3))
         (self.folder / "slurm.conf").write_text(text)
 
     def _daemon(self, *command: str) -> None:
-        with open(self.folder / f"{command[0]}.out.log", "w") as out:
+        with open(self.folder / f"{len(self._daemons)}.{command[0]}.out.log", "w") as out:
             self._daemons.append(
                 subprocess.Popen(
                     command, env=self.env, stdout=out, stderr=subprocess.STDOUT,
@@ -130,7 +133,7 @@ class Cluster:
                 )
             )  # fmt: skip
 
-    def _wait(self, what: str, ready: "contextlib.Callable", seconds: float = 60) -> None:
+    def _wait(self, what: str, ready: Callable[[], bool], seconds: float = 60) -> None:
         end = time.monotonic() + seconds
         while not ready():
             gone = [d.args[0] for d in self._daemons if d.poll() is not None]
@@ -141,8 +144,8 @@ class Cluster:
 
 def installed() -> Sequence[str]:
     """The programs of Slurm that are missing."""
-    from shutil import which
-
     return [
-        n for n in ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol") if not which(n)
+        n
+        for n in ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
+        if not shutil.which(n)
     ]
