@@ -9,6 +9,7 @@ import pathlib
 import re
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 
@@ -16,7 +17,7 @@ import pytest
 import runs
 from cluster import Cluster, installed
 
-FLAGS = ("--config.steps=40", "--config.checkpoint.every=10", "--config.report.every=1")
+FLAGS = ("--config.steps=24", "--config.checkpoint.every=10", "--config.report.every=1")
 URGENT = """\
 #!/bin/bash
 #SBATCH --partition=urgent --nodes=2 --ntasks-per-node=4 --output=/dev/null
@@ -31,6 +32,17 @@ def cluster():
     with Cluster() as started:
         yield started
     assert not [p for p in running() if str(started.folder) in p], "something was left running"
+
+
+@pytest.fixture
+def folder():
+    """Beside the code, as on storage that nodes share: the launcher refuses a workdir in /tmp."""
+    parent = runs.ROOT / "runs"
+    parent.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="slurm_", dir=parent) as found:
+        yield pathlib.Path(found)
+    if not any(parent.iterdir()):
+        parent.rmdir()
 
 
 def running():
@@ -70,11 +82,12 @@ class Launched:
     def wait_for(self, pattern, seconds=240):
         """The match of a line that is there or comes."""
         end = time.monotonic() + seconds
-        while not (found := re.search(pattern, self.text(), re.M)):
-            assert time.monotonic() < end, f"{pattern!r} never came:\n{self.text()}"
-            assert self._process.poll() is None or not self._reader.is_alive(), self.text()
+        while True:
+            last = self._process.poll() is not None and not self._reader.is_alive()
+            if found := re.search(pattern, self.text(), re.M):
+                return found
+            assert not last and time.monotonic() < end, f"no {pattern!r} in\n{self.text()}"
             time.sleep(0.2)
-        return found
 
     def finish(self, seconds=300):
         try:
@@ -96,14 +109,14 @@ def start_now(cluster, job, seconds=90):
 
 
 def test_a_job_that_is_requeued_and_preempted_ends_in_the_bits_of_the_uninterrupted_run(
-    cluster, tmp_path
+    cluster, folder
 ):
-    whole = Launched(cluster, "local", tmp_path / "whole", "--processes", "2")
+    whole = Launched(cluster, "local", folder / "whole", "--processes", "2")
     assert whole.finish() == 0, whole.text()
 
     run = Launched(
-        cluster, "slurm", tmp_path / "slurm", "--platform", "cpu", "--nodes", "2",
-        "--time", "30", "--logs", str(tmp_path / "logs"),
+        cluster, "slurm", folder / "slurm", "--platform", "cpu", "--nodes", "2",
+        "--time", "30", "--logs", str(folder / "logs"),
     )  # fmt: skip
     job = run.wait_for(r"submitted as job (\d+)")[1]
 
@@ -116,7 +129,7 @@ def test_a_job_that_is_requeued_and_preempted_ends_in_the_bits_of_the_uninterrup
 
     run.wait_for(rf"own workdir, step {first}\b")
     run.wait_for(rf"^step {first + 3}/")
-    urgent = tmp_path / "urgent.sh"
+    urgent = folder / "urgent.sh"
     urgent.write_text(URGENT)
     assert "Submitted" in cluster.run("sbatch", str(urgent))
     run.wait_for(r"exit code 42 \(preempted and saved\): requeued")
@@ -124,36 +137,36 @@ def test_a_job_that_is_requeued_and_preempted_ends_in_the_bits_of_the_uninterrup
     start_now(cluster, job)
 
     assert run.finish() == 0, run.text()
-    assert 3 <= first < second < 40, run.text()
+    assert 3 <= first < second < 24, run.text()
     assert f"own workdir, step {second}" in run.text()
     found = re.findall(r"on node\[0-1\], restart (\d) of 100", run.text())
     assert found == ["0", "1", "2"], run.text()
-    runs.assert_same_run("phase1", tmp_path / "whole", tmp_path / "slurm", steps=40)
-    _, meta = runs.state("phase1", tmp_path / "slurm", steps=40)
+    runs.assert_same_run("phase1", folder / "whole", folder / "slurm", steps=24)
+    _, meta = runs.state("phase1", folder / "slurm", steps=24)
     assert meta["processes"] == 2
 
 
-def test_a_cancelled_job_saves_and_does_not_come_back(cluster, tmp_path):
+def test_a_cancelled_job_saves_and_does_not_come_back(cluster, folder):
     run = Launched(
-        cluster, "slurm", tmp_path / "run", "--platform", "cpu", "--processes-per-node", "2",
-        "--logs", str(tmp_path / "logs"),
+        cluster, "slurm", folder / "run", "--platform", "cpu", "--processes-per-node", "2",
+        "--logs", str(folder / "logs"),
     )  # fmt: skip
     job = run.wait_for(r"submitted as job (\d+)")[1]
     run.wait_for(r"^step [1-9]/")
     cluster.run("scancel", job)
     assert run.finish() == 1, run.text()
     saved = int(run.wait_for(r"preempted: saved step (\d+)")[1])
-    assert "ended as CANCELLED" in run.text() and runs.steps(tmp_path / "run")[-1] == saved
+    assert "ended as CANCELLED" in run.text() and runs.steps(folder / "run")[-1] == saved
     time.sleep(2)
     assert not cluster.run("squeue", "-h")
 
 
-def test_mistakes_end_with_a_message_and_are_not_tried_again(cluster, tmp_path):
-    options = ("--platform", "cpu", "--nodes", "2", "--logs", str(tmp_path / "logs"))
-    wrong = Launched(cluster, "slurm", tmp_path / "run", *options, "--partition", "nowhere")
+def test_mistakes_end_with_a_message_and_are_not_tried_again(cluster, folder):
+    options = ("--platform", "cpu", "--nodes", "2", "--logs", str(folder / "logs"))
+    wrong = Launched(cluster, "slurm", folder / "run", *options, "--partition", "nowhere")
     assert wrong.finish() == 2
     assert "invalid partition" in wrong.text() and "`sinfo -s` lists" in wrong.text()
-    wrong = Launched(cluster, "slurm", tmp_path / "run", *options, flags=["--config.batch=7"])
+    wrong = Launched(cluster, "slurm", folder / "run", *options, flags=["--config.batch=7"])
     assert wrong.finish() == 2, wrong.text()
     assert "error:" in wrong.text() and "restart 1" not in wrong.text()
     assert not cluster.run("squeue", "-h")
