@@ -173,7 +173,7 @@ END
 export -f wait_for
 trap 'interrupted=yes; say "SIGTERM from Slurm; the processes save"' TERM  # they get it, too
 # Processes that are left when one has ended have a minute for their message.
-srun --kill-on-bad-exit=0 --wait=60 bash -c "$process" &
+srun --kill-on-bad-exit=0 --wait=60{cpus} bash -c "$process" &
 wait_for $!
 case $code in 137) code=43;; 202) code=2;; 201) code=1;; esac
 say "the run ended with exit code $code"
@@ -216,6 +216,8 @@ def script(args: argparse.Namespace, flags: Sequence[str], name: str, path: str)
         process=_process(args), preflight=_preflight(args, flags), max_restarts=args.max_restarts,
         command=common.shell(common.main_command(args.python, flags, total)),
         failures=shlex.quote(f"{args.logs}/{name}"),
+        # srun does not take it over from sbatch.
+        cpus=f" --cpus-per-task={args.cpus_per_process}" if args.cpus_per_process else "",
     )  # fmt: skip
 
 

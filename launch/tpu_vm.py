@@ -317,19 +317,16 @@ def require_gcloud(args: argparse.Namespace) -> None:
 
 def show(tpu: Tpu, args: argparse.Namespace, command: str) -> None:
     """--dry-run: all commands in their order."""
-    print("# unless it is READY:", common.shell(tpu.describe()), sep="\n")
-    print(common.shell(tpu.create()))
-    print("# this code, on all workers:", common.shell(pack(f"{CODE}.tgz")), sep="\n")
-    print(
-        common.shell(tpu.copy(f"{CODE}.tgz")), common.shell(tpu.ssh(f"{UNPACK} install")), sep="\n"
-    )
-    print(
-        "# the run; again after 42, 43 or a lost connection:",
-        common.shell(tpu.ssh(command)),
-        sep="\n",
-    )
-    if args.delete:
-        print("# in the end:", common.shell(tpu.delete()), sep="\n")
+    archive = f"/tmp/{CODE}.tgz"
+    steps = [
+        ("# unless it is READY:", [tpu.describe(), tpu.create()]),
+        ("# this code, on all workers:",
+         [pack(archive), tpu.copy(archive), tpu.ssh(f"{UNPACK} install")]),
+        ("# the run; again after 42, 43 or a lost connection:", [tpu.ssh(command)]),
+        *([("# in the end:", [tpu.delete()])] if args.delete else []),
+    ]  # fmt: skip
+    for title, commands in steps:
+        print(title, *map(common.shell, commands), sep="\n")
 
 
 def main(argv: list[str]) -> int:
