@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import os
 import pathlib
+import re
 import shlex
 import shutil
 import signal
@@ -116,7 +117,10 @@ def capture(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
 
 def explain(what: str, stderr: str, mends: Sequence[tuple[str, str]]) -> str:
     """The message of a command that failed, with what to do where the text is known."""
-    said = " ".join(stderr.split()) or "without a word"
+    lines = stderr.splitlines()
+    # kubectl's own log comes before its message.
+    message = [ln for ln in lines if not re.match(r"[EWI]\d{4} \d\d:", ln)] or lines
+    said = " ".join(" ".join(message).split()) or "without a word"
     known = [mend for text, mend in mends if text in said.lower()]
     return f"{what} failed: {said}" + (f"\n  -> {known[0]}" if known else "")
 

@@ -39,13 +39,12 @@ MENDS = (
     ("the server doesn't have a resource type \"jobset", "the cluster has no JobSet: see "
      "jobset.sigs.k8s.io/docs/installation"),
     ("current-context is not set", f"{CREDENTIALS} tells kubectl of your cluster"),
-    ("connection refused", f"{CREDENTIALS} tells kubectl of your cluster; is it running?"),
-    ("couldn't get current server api group list", f"{CREDENTIALS} tells kubectl of your cluster"),
+    ("was refused", f"{CREDENTIALS} tells kubectl of your cluster; is it running?"),
     ("unable to connect to the server", "is the cluster there, and may this machine reach it?"),
     ("gke-gcloud-auth-plugin", "`gcloud components install gke-gcloud-auth-plugin`"),
     ("must be logged in", f"`gcloud auth login`, then {CREDENTIALS}"),
-    ("forbidden", "your account lacks rights in this namespace; --namespace chooses another"),
     ("exceeded quota", "the namespace's quota is used up: `kubectl describe quota` shows it"),
+    ("forbidden", "your account lacks rights in this namespace; --namespace chooses another"),
     ("namespaces \"", "`kubectl get namespaces` lists them; --namespace"),
 )  # fmt: skip
 # Why a pod does not start, in Kubernetes' words.

@@ -17,7 +17,7 @@ say() { echo "launch: worker $worker: $*"; }
 metadata() {
   curl --silent --show-error --fail --retry 5 --header 'Metadata-Flavor: Google' \
     "http://metadata.google.internal/computeMetadata/v1/instance/attributes/$1" || {
-    say "the metadata server does not tell $1: this is no TPU VM"
+    say "the metadata server does not tell $1: this is no TPU VM" >&2
     exit 2
   }
 }
@@ -100,7 +100,7 @@ run() {
 }
 
 worker=?
-worker=$(metadata agent-worker-number) || { echo "$worker"; exit 2; }
+worker=$(metadata agent-worker-number) || exit 2
 what=$1
 shift
 case "$what" in
@@ -113,7 +113,7 @@ case "$what" in
     ;;
   stop)
     job=$jobs/$1
-    running && kill -TERM "$(cat "$job.pid")"
+    if running; then kill -TERM "$(cat "$job.pid")"; else say "there is no run to stop"; fi
     ;;
   *)
     say "$what? there are install, run, stop"

@@ -99,3 +99,5 @@ def test_a_failed_command_is_told_with_what_to_do():
         "x failed: ERROR: Quota exceeded\n  -> ask for more"
     )
     assert common.explain("x", "", mends) == "x failed: without a word"
+    log = 'E1129 18:43:10.2 1 memcache.go:265] "quota"\nrefused\n'  # as kubectl 1.32 prints
+    assert common.explain("x", log, mends) == "x failed: refused"
