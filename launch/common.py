@@ -46,6 +46,10 @@ def parser(doc: str) -> argparse.ArgumentParser:
     found.add_argument(
         "--max-restarts", type=int, default=100, metavar="N", help="starts after the first (100)"
     )
+    found.add_argument(
+        "--max-failures", type=int, default=10, metavar="N",
+        help="of those, for exit code 43 in a row: a process is gone or never came (10)",
+    )  # fmt: skip
     return found
 
 
@@ -145,9 +149,9 @@ def back_off(failures: int) -> int:
 
 def until_done(
     start: Callable[[], int],
-    max_restarts: int,
+    args: argparse.Namespace,
     stopped: Callable[[], bool] = lambda: False,
-    sleep: Callable[[float], None] = time.sleep,
+    sleep: Callable[[float], object] = time.sleep,
 ) -> int:
     """Calls `start` until its exit code is neither 42 nor 43, or no restart is left.
 
@@ -157,21 +161,19 @@ def until_done(
     restarts = failures = 0
     say("start")
     while (code := start()) in (EXIT_PREEMPTED, EXIT_LOST) and not stopped():
-        if restarts == max_restarts:
-            say(f"exit code {code} and no restart left of --max-restarts {max_restarts}; "
-                "the same command continues")  # fmt: skip
+        failures = failures + 1 if code == EXIT_LOST else 0
+        why = f"a process is gone, {failures} in a row" if failures else "preempted and saved"
+        if restarts == args.max_restarts or failures > args.max_failures:
+            limit = f"--max-restarts {args.max_restarts} --max-failures {args.max_failures}"
+            say(f"exit code {code} ({why}): no restart left ({limit}); the same command continues")
             break
         restarts += 1
-        if code == EXIT_PREEMPTED:
-            failures, why = 0, "preempted and saved"
-        else:
-            failures += 1
-            why = f"a process is gone, {failures} in a row"
+        if failures:
             say(f"exit code {code} ({why}); waiting {back_off(failures)} s")
             sleep(back_off(failures))
             if stopped():
                 break
-        say(f"restart {restarts} of {max_restarts}: exit code {code} ({why})")
+        say(f"restart {restarts} of {args.max_restarts}: exit code {code} ({why})")
     say(f"the job ended with exit code {code}")
     return code
 

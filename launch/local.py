@@ -194,7 +194,7 @@ def main(argv: list[str]) -> int:
 
     stopping = threading.Event()
     with common.on_signals(stop):
-        return common.until_done(start, args.max_restarts, stopping.is_set, stopping.wait)
+        return common.until_done(start, args, stopping.is_set, stopping.wait)
 
 
 if __name__ == "__main__":

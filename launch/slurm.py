@@ -10,7 +10,6 @@ same workdir.  With --wait (the default) this command ends when the job has, wit
 """
 
 import argparse
-import os
 import pathlib
 import re
 import shlex
@@ -157,7 +156,6 @@ first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 host=$(scontrol show node "$first" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
 {exports}
 say "job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, restart $restarts of {max_restarts}"
-{preflight}
 # One process: its number and devices, for jax; the output of all but the first behind their number.
 # srun ends with the highest exit code of all, and those that a failed process leaves behind end
 # with 43: failures are lifted above that (2 to 202, others to 201), and lowered again below.
@@ -180,7 +178,8 @@ say "the run ended with exit code $code"
 
 again() {{  # the same job once more, unless Slurm has taken the matter into its own hands
   if [ "$restarts" -ge {max_restarts} ]; then
-    say "no restart left of --max-restarts {max_restarts}; the same command continues"
+    say "exit code $code ($1): no restart left (--max-restarts {max_restarts});" \
+      "the same command continues"
   elif scontrol show job "$SLURM_JOB_ID" | grep -q JobState=RUNNING; then
     say "exit code $code ($1): requeued"
     scontrol requeue "$SLURM_JOB_ID" && sleep 60  # in which Slurm ends this script
@@ -193,10 +192,14 @@ case $code in
   42) rm -f "$failures"; again "preempted and saved";;
   43)
     echo 43 >> "$failures"; n=$(wc -l < "$failures")
-    pause=$((n < 6 ? 10 * (1 << (n - 1)) : 300))
-    say "a process is gone, $n in a row; waiting $pause s"
-    sleep $pause
-    again "a process is gone, $n in a row";;
+    if [ "$n" -gt {max_failures} ]; then
+      say "a process is gone, $n in a row: no restart left (--max-failures {max_failures})"
+    else
+      pause=$((n < 6 ? 10 * (1 << (n - 1)) : 300))
+      say "a process is gone, $n in a row; waiting $pause s"
+      sleep $pause
+      again "a process is gone, $n in a row"
+    fi;;
   *) rm -f "$failures";;
 esac
 exit $code
@@ -213,7 +216,7 @@ def script(args: argparse.Namespace, flags: Sequence[str], name: str, path: str)
     return TEMPLATE.format(
         directives="\n".join(directives(args, name)), path=shlex.quote(path),
         setup="\n".join(args.setup) or "# (no --setup)", exports=_exports(args),
-        process=_process(args), preflight=_preflight(args, flags), max_restarts=args.max_restarts,
+        process=_process(args), max_restarts=args.max_restarts, max_failures=args.max_failures,
         command=common.shell(common.main_command(args.python, flags, total)),
         failures=shlex.quote(f"{args.logs}/{name}"),
         # srun does not take it over from sbatch.
@@ -246,19 +249,6 @@ def _process(args: argparse.Namespace) -> str:
         ids = "$SLURM_LOCALID" if args.process_per == "gpu" else every
         lines += [f"export JAX_LOCAL_DEVICE_IDS={ids}"]
     return "\n".join(lines) or "# the only process"
-
-
-def _preflight(args: argparse.Namespace, flags: Sequence[str]) -> str:
-    """With several nodes: the check of storage and port, one process on each."""
-    if args.nodes == 1:
-        return "# One node: there is no storage to share, and no port to reach."
-    check = common.shell([args.python, os.path.relpath(common.ROOT / "launch/preflight.py")])
-    workdir = common.flag(flags, "workdir")
-    own = f" --workdir={shlex.quote(workdir)}" if common.is_local(workdir) else ""
-    return (
-        f"srun --nodes={args.nodes} --ntasks={args.nodes} --ntasks-per-node=1 --wait=60 \\\n"
-        f'  {check} --address="$JAX_COORDINATOR_ADDRESS"{own} || exit 2'
-    )
 
 
 def submit(path: pathlib.Path) -> str:

@@ -366,7 +366,7 @@ def main(argv: list[str]) -> int:
         common.capture(stop_command)
 
     with common.on_signals(stop):
-        code = common.until_done(start, args.max_restarts, stopping.is_set, stopping.wait)
+        code = common.until_done(start, args, stopping.is_set, stopping.wait)
     if args.delete:
         do(tpu.delete())
     return code

@@ -1,5 +1,6 @@
 """What the launchers share: splitting at `--`, flags of main.py, when a job is started again."""
 
+import argparse
 import os
 import subprocess
 import sys
@@ -42,22 +43,25 @@ def test_a_printed_command_is_read_back_by_the_shell():
         ([43, 43, 43, 43, 43, 43, 43, 0], 7, [10, 20, 40, 80, 160, 300, 300]),
         ([43, 43, 42, 43, 1], 4, [10, 20, 10]),  # what was saved ends the row
         ([42] * 9, 5, []),
+        ([43] * 9, 4, [10, 20, 40, 80]),
     ],
 )
 def test_a_job_is_started_again_on_42_and_43_only(codes, restarts, waits, capsys):
     left, slept = list(codes), []
-    code = common.until_done(lambda: left.pop(0), 5 if codes == [42] * 9 else 100,
-                             sleep=slept.append)  # fmt: skip
+    limits = argparse.Namespace(
+        max_restarts=5 if codes == [42] * 9 else 100, max_failures=4 if codes == [43] * 9 else 10
+    )
+    code = common.until_done(lambda: left.pop(0), limits, sleep=slept.append)
     assert code == codes[restarts] and len(codes) - len(left) == restarts + 1 and slept == waits
     out = capsys.readouterr().out
     assert out.count("launch: restart") == restarts and out.startswith("launch: start\n")
-    assert ("no restart left of --max-restarts 5" in out) == (codes == [42] * 9)
+    assert ("no restart left (--max-restarts" in out) == (len(codes) == 9)
 
 
 def test_who_asked_for_the_end_gets_it(capsys):
-    assert common.until_done(lambda: 42, 100, lambda: True) == 42
-    asked = iter([False, True])
-    assert common.until_done(lambda: 43, 100, lambda: next(asked), sleep=lambda s: None) == 43
+    limits, asked = argparse.Namespace(max_restarts=100, max_failures=10), iter([False, True])
+    assert common.until_done(lambda: 42, limits, lambda: True) == 42
+    assert common.until_done(lambda: 43, limits, lambda: next(asked), sleep=lambda s: None) == 43
     assert "restart" not in capsys.readouterr().out
 
 

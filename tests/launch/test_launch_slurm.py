@@ -1,18 +1,15 @@
-"""launch/slurm.py with fakes of Slurm's commands, its script under bash, and preflight.py for real.
+"""launch/slurm.py with fakes of Slurm's commands, and its script under bash.
 
 A real Slurm runs the same script in `make test-slurm`.
 """
 
 import os
 import signal
-import socket
 import subprocess
-import sys
 import threading
 import time
 
 import common
-import preflight
 import pytest
 import slurm
 from conftest import ROOT
@@ -203,10 +200,14 @@ def test_failures_in_a_row_wait_longer_and_longer(script):
 
 
 def test_restarts_end(script):
+    for _ in range(2):
+        assert ": requeued" in script("43 43", *CPU, "--max-failures", "2")[1]
+    _, out = script("43 43", *CPU, "--max-failures", "2")
+    assert "a process is gone, 3 in a row: no restart left" in out and "requeued" not in out
     _, out = script("42 42", *CPU, "--max-restarts", "3", SLURM_RESTART_COUNT="2")
     assert "restart 2 of 3" in out and "requeued" in out
     _, out = script("42 42", *CPU, "--max-restarts", "3", SLURM_RESTART_COUNT="3")
-    assert "no restart left of --max-restarts 3" in out and "requeued" not in out
+    assert "no restart left (--max-restarts 3)" in out and "requeued" not in out
 
 
 def test_a_job_that_slurm_itself_ends_is_not_requeued(script):
@@ -222,65 +223,3 @@ def test_devices_of_a_process_per_gpu_and_of_a_process_per_node(script):
     assert all(f"process {i} of 4 at 10.0.0.1:29501, {i}: " in out for i in range(4)), out
     out = script("0 0", *gpus, "--process-per", "node")[1]
     assert all(f"process {i} of 2 at 10.0.0.1:29501, 0,1: " in out for i in range(2)), out
-
-
-def test_several_nodes_meet_before_the_run(script):
-    code, out = script("0 0", "--nodes", "2", "--platform", "cpu")
-    first, second = script.fakes.calls("srun")
-    assert first[1:5] == ["--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "--wait=60"]
-    assert first[6].endswith("launch/preflight.py") and f"--workdir={ROOT}/runs/w" in first
-    assert "--address=10.0.0.1:20007" in first and second[-3] == "bash"
-    assert code == 0, out
-    # What it finds wrong is wrong usage: the run does not start, the job is not requeued.
-    code, out = script("1 0", "--nodes", "2", "--platform", "cpu")
-    assert code == 2 and len(script.fakes.calls("srun")) == 3, out
-
-
-# ------------------------------------------------------------------------------------- preflight.py
-
-
-def meet(*workdirs, port=None, seconds="3"):
-    """preflight.py as a process for each of so many nodes: their exit codes and messages."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = port or free.getsockname()[1]
-    nodes = [
-        subprocess.Popen(
-            [sys.executable, "launch/preflight.py", f"--address=127.0.0.1:{port}",
-             f"--node={i}", f"--nodes={len(workdirs)}", f"--seconds={seconds}",
-             *([f"--workdir={w}"] if w else [])],
-            cwd=ROOT, stderr=subprocess.PIPE, text=True,
-        )
-        for i, w in enumerate(workdirs)
-    ]  # fmt: skip
-    found = [(n.communicate(timeout=60)[1], n.returncode) for n in nodes]
-    return [code for _, code in found], [text for text, _ in found]
-
-
-def test_nodes_that_share_a_workdir_and_reach_the_port_go_on(tmp_path):
-    codes, texts = meet(*[tmp_path / "new" / "run"] * 3, seconds="30")
-    assert codes == [0, 0, 0], texts
-    assert meet(None, None, seconds="30")[0] == [0, 0]
-
-
-def test_a_workdir_that_is_not_shared_is_named_with_the_host(tmp_path):
-    codes, texts = meet(tmp_path / "a", tmp_path / "b")
-    assert codes == [0, 2]
-    assert f"{socket.gethostname()} does not see in {tmp_path}/b" in texts[1]
-    assert "not on storage that the nodes share" in texts[1] and "gs://" in texts[1]
-
-
-def test_a_port_that_is_taken_or_blocked_is_named(monkeypatch):
-    with socket.create_server(("", 0)) as taken:
-        port = taken.getsockname()[1]
-        monkeypatch.setenv("SLURM_PROCID", "0")
-        with pytest.raises(common.LaunchError) as e:
-            preflight.main([f"--address=127.0.0.1:{port}", "--nodes=2"])
-    assert f"port {port} of {socket.gethostname()} cannot be used" in str(e.value)
-    assert "choose another with --port" in str(e.value)
-    # Nobody answers there, as behind a firewall.
-    with pytest.raises(common.LaunchError) as e:
-        preflight.main([f"--address=127.0.0.1:{port}", "--nodes=2", "--node=1", "--seconds=1"])
-    assert f"cannot reach 127.0.0.1:{port}" in str(e.value) and "a firewall blocks" in str(e.value)
-    with pytest.raises(common.LaunchError, match="1 of 2 nodes met at"):
-        preflight.main([f"--address=127.0.0.1:{port}", "--nodes=2", "--seconds=0.5"])
