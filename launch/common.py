@@ -5,6 +5,7 @@ The launchers run on laptops and login nodes: the standard library only, no dcae
 
 import argparse
 import contextlib
+import itertools
 import os
 import pathlib
 import re
@@ -56,7 +57,7 @@ def parser(doc: str) -> argparse.ArgumentParser:
 def flag(flags: Sequence[str], name: str) -> str | None:
     """The value of a flag of main.py: --name=V, -name=V or --name V; the last one counts."""
     found = None
-    for word, following in zip(flags, [*flags[1:], None], strict=True):
+    for word, following in itertools.zip_longest(flags, flags[1:]):
         key, equals, value = word.partition("=")
         if key in (f"--{name}", f"-{name}"):
             found = value if equals else following

@@ -270,43 +270,52 @@ def why_waiting(pod: dict[str, Any]) -> str:
     return told[0] if told else ""
 
 
-def ended_with(pod: dict[str, Any]) -> int | None:
-    """Exit code of a pod that has ended."""
-    for c in pod["status"].get("containerStatuses", []):
+def ended_with(pod: dict[str, Any] | None, before: int) -> int:
+    """Exit code of a pod that has ended; `before` where it has not."""
+    for c in pod["status"].get("containerStatuses", []) if pod else []:
         if "terminated" in c["state"]:
             return c["state"]["terminated"]["exitCode"]
-    return None
+    return before
 
 
 def follow(cluster: Cluster, stopping: threading.Event) -> int:
     """Shows the output of process 0 through all restarts; the exit code of the job."""
     shown, told, restarts, code = "", "", 0, 1
     while not stopping.is_set():
-        status, pod = cluster.status(), cluster.first_pod()
+        pod, status = cluster.first_pod(), cluster.status()
         if status is None:
             raise LaunchError(f"the JobSet {cluster.name} was deleted by somebody else")
+        code = ended_with(pod, code)
         if status.get("restarts", 0) > restarts:
             restarts = status["restarts"]
             say(f"restart {restarts}: process 0 had ended with exit code {code}")
-        if pod:
-            id_, waiting = pod["metadata"]["uid"], why_waiting(pod)
-            if pod["status"].get("phase") == "Pending" and waiting and waiting != told:
-                told = waiting
-                say(
-                    common.explain("waiting", waiting, WAITING).replace("waiting failed", "waiting")
-                )
-            elif id_ != shown and pod["status"].get("phase") != "Pending":
-                shown = id_
-                say(f"output of {pod['metadata']['name']}")
-                logs = cluster.kubectl("logs", "--follow", pod["metadata"]["name"])
-                subprocess.run(logs, check=False, start_new_session=True)
-            found = ended_with(pod)
-            code = code if found is None else found
+        if pod and is_pending(pod):
+            told = tell_waiting(pod, told)
+        elif pod and pod["metadata"]["uid"] != shown:
+            shown = pod["metadata"]["uid"]
+            say(f"output of {pod['metadata']['name']}")
+            logs = cluster.kubectl("logs", "--follow", pod["metadata"]["name"])
+            subprocess.run(logs, check=False, start_new_session=True)
+            code = ended_with(cluster.first_pod(), code)
         if state := status.get("terminalState"):
             say(f"JobSet {cluster.name}: {state}")
             return 0 if state == "Completed" else code or 1
         stopping.wait(POLL)
     return common.EXIT_PREEMPTED
+
+
+def is_pending(pod: dict[str, Any]) -> bool:
+    """Whether a pod has not started yet."""
+    return pod["status"].get("phase") == "Pending"
+
+
+def tell_waiting(pod: dict[str, Any], told: str) -> str:
+    """Says once why a pod does not start, with what to do; what was told last."""
+    why = why_waiting(pod)
+    if why and why != told:
+        mends = [mend for text, mend in WAITING if text in why.lower()]
+        say(f"waiting: {why}" + (f"\n  -> {mends[0]}" if mends else ""))
+    return why or told
 
 
 def main(argv: list[str]) -> int:

@@ -159,7 +159,7 @@ say "job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, restart $restarts of {max_restart
 # One process: its number and devices, for jax; the output of all but the first behind their number.
 # srun ends with the highest exit code of all, and those that a failed process leaves behind end
 # with 43: failures are lifted above that (2 to 202, others to 201), and lowered again below.
-process=$(cat <<'END'
+process=$(declare -f wait_for; cat <<'END'
 {process}
 trap 'interrupted=yes; kill -TERM $child 2>/dev/null' TERM
 {command} &
@@ -168,7 +168,6 @@ wait_for $child
 case $code in 0|42|43) exit $code;; 137) exit 43;; 2) exit 202;; *) exit 201;; esac
 END
 )
-export -f wait_for
 trap 'interrupted=yes; say "SIGTERM from Slurm; the processes save"' TERM  # they get it, too
 # Processes that are left when one has ended have a minute for their message.
 srun --kill-on-bad-exit=0 --wait=60{cpus} bash -c "$process" &

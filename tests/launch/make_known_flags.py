@@ -8,7 +8,6 @@ import os
 import pathlib
 import re
 import subprocess
-import tempfile
 
 FILE = pathlib.Path(__file__).with_name("known_flags.json")
 GCLOUD = (
@@ -37,15 +36,12 @@ def main() -> None:
     everywhere = flags(output("kubectl", "options"))
     for c in KUBECTL:
         found[f"kubectl {c}"] = sorted({*flags(output("kubectl", c, "--help")), *everywhere})
-    with tempfile.NamedTemporaryFile("w", suffix=".conf") as conf:
-        conf.write("ClusterName=x\nSlurmctldHost=localhost\nNodeName=n\n")
-        conf.flush()
-        for c in SLURM:
-            found[c] = flags(output(c, "--help", SLURM_CONF=conf.name))
+    for c in SLURM:  # their --help leaves some out
+        found[c] = flags(output("man", c, PAGER="cat", MANPAGER="cat", MAN_KEEP_FORMATTING=""))
     versions = {
         "gcloud": output("gcloud", "--version").splitlines()[0],
         "kubectl": output("kubectl", "version", "--client").splitlines()[0],
-        "slurm": output("sbatch", "--version", SLURM_CONF="/dev/null").splitlines()[-1],
+        "slurm": output("dpkg-query", "--show", "slurm-client").strip(),
     }
     assert all(found.values()), [k for k, v in found.items() if not v]
     FILE.write_text(json.dumps({"versions": versions, "flags": found}, indent=1) + "\n")

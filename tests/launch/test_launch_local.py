@@ -3,6 +3,7 @@
 Most cases have a stand-in for main.py that does what its environment says; the last runs main.py.
 """
 
+import json
 import os
 import pathlib
 import re
@@ -69,13 +70,12 @@ def test_each_process_gets_its_number_and_output_is_told_apart(stand_in, capfd):
     out = capfd.readouterr().out
     argv = 'argv ["--config=a", "--workdir=w x", "--expect_devices=6"]'
     assert all(f"\n{prefix}{argv}" in out for prefix in ("", "[1] ", "[2] "))
-    pattern = (
-        r'^(\[\d\] )?env .*"JAX_COORDINATOR_ADDRESS": "127.0.0.1:(\d+)".*'
-        r'"JAX_NUM_PROCESSES": "3".*"JAX_PROCESS_ID": "(\d)"'
-    )
-    found = re.findall(pattern, out, re.M)
-    assert {(p, i) for p, _, i in found} == {("", "0"), ("[1] ", "1"), ("[2] ", "2")}
-    assert len({port for _, port, _ in found}) == 1
+    envs = [(p, json.loads(e)) for p, e in re.findall(r"^(\[\d\] )?env (.*)", out, re.M)]
+    assert {(p, e["JAX_PROCESS_ID"], e["JAX_NUM_PROCESSES"]) for p, e in envs} == {
+        ("", "0", "3"), ("[1] ", "1", "3"), ("[2] ", "2", "3")
+    }  # fmt: skip
+    (address,) = {e["JAX_COORDINATOR_ADDRESS"] for _, e in envs}
+    assert re.fullmatch(r"127.0.0.1:\d+", address)
     assert out.count("--xla_force_host_platform_device_count=2") == 6  # printed, and really set
 
 
