@@ -68,6 +68,10 @@ def options(argv: Sequence[str]) -> argparse.Namespace:
         help="another option of sbatch, e.g. --sbatch=--constraint=h100; repeatable",
     )
     p.add_argument(
+        "--shared-workdir", action="store_true",
+        help="the nodes share the workdir although it lies below /tmp or the like",
+    )  # fmt: skip
+    p.add_argument(
         "--setup",
         action="append",
         default=[],
@@ -98,12 +102,12 @@ def check(args: argparse.Namespace, flags: Sequence[str]) -> None:
     if args.platform == "gpu" and args.processes_per_node:
         raise LaunchError("--processes-per-node is for CPUs; GPUs have --process-per gpu or node")
     workdir = common.flag(flags, "workdir")
-    if args.nodes > 1 and common.is_local(workdir):
+    if args.nodes > 1 and common.is_local(workdir) and not args.shared_workdir:
         full = str(pathlib.Path(workdir).absolute())
         if any(full == own or full.startswith(own + "/") for own in OWN):
             raise LaunchError(
                 f"--workdir={workdir} is on the own disk of each of the {args.nodes} nodes; use a "
-                "folder that they share (NFS, Lustre), or gs://"
+                "folder that they share (NFS, Lustre), or gs://; --shared-workdir if they share it"
             )
 
 

@@ -187,7 +187,7 @@ def test_codes_of_processes_and_what_is_requeued(script, codes, code, again):
     assert requeued == again and (": requeued" in out) == again, out
     argv = f"main.py --config=a --workdir={ROOT}/runs/w --expect_devices=2"
     assert "\nprocess 0 of 2 at 10.0.0.1:20007, : " in out and "[1] process 1 of 2 at" in out
-    assert out.count(os.path.relpath(ROOT / "main.py") + argv[7:]) == 2, out
+    assert out.count(f": {os.path.relpath(ROOT / 'main.py')}{argv[7:]}\n") == 2, out
 
 
 def test_failures_in_a_row_wait_longer_and_longer(script):

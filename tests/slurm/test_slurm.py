@@ -9,7 +9,6 @@ import pathlib
 import re
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 
@@ -34,23 +33,12 @@ def cluster():
     assert not [p for p in running() if str(started.folder) in p], "something was left running"
 
 
-@pytest.fixture
-def folder():
-    """Beside the code, as on storage that nodes share: the launcher refuses a workdir in /tmp."""
-    parent = runs.ROOT / "runs"
-    parent.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="slurm_", dir=parent) as found:
-        yield pathlib.Path(found)
-    if not any(parent.iterdir()):
-        parent.rmdir()
-
-
 def running():
     """Command lines and SLURM_CONF of all processes."""
     found = []
     for folder in pathlib.Path("/proc").glob("[0-9]*"):
         try:
-            text = (folder / "cmdline").read_bytes() + (folder / "environ").read_bytes()
+            text = (tmp_path / "cmdline").read_bytes() + (tmp_path / "environ").read_bytes()
         except OSError:
             continue
         if int(folder.name) != os.getpid():
@@ -109,14 +97,14 @@ def start_now(cluster, job, seconds=90):
 
 
 def test_a_job_that_is_requeued_and_preempted_ends_in_the_bits_of_the_uninterrupted_run(
-    cluster, folder
+    cluster, tmp_path
 ):
-    whole = Launched(cluster, "local", folder / "whole", "--processes", "2")
+    whole = Launched(cluster, "local", tmp_path / "whole", "--processes", "2")
     assert whole.finish() == 0, whole.text()
 
     run = Launched(
-        cluster, "slurm", folder / "slurm", "--platform", "cpu", "--nodes", "2",
-        "--time", "30", "--logs", str(folder / "logs"),
+        cluster, "slurm", tmp_path / "slurm", "--platform", "cpu", "--nodes", "2",
+        "--shared-workdir", "--time", "30", "--logs", str(tmp_path / "logs"),
     )  # fmt: skip
     job = run.wait_for(r"submitted as job (\d+)")[1]
 
@@ -129,7 +117,7 @@ def test_a_job_that_is_requeued_and_preempted_ends_in_the_bits_of_the_uninterrup
 
     run.wait_for(rf"own workdir, step {first}\b")
     run.wait_for(rf"^step {first + 3}/")
-    urgent = folder / "urgent.sh"
+    urgent = tmp_path / "urgent.sh"
     urgent.write_text(URGENT)
     assert "Submitted" in cluster.run("sbatch", str(urgent))
     run.wait_for(r"exit code 42 \(preempted and saved\): requeued")
@@ -141,32 +129,40 @@ def test_a_job_that_is_requeued_and_preempted_ends_in_the_bits_of_the_uninterrup
     assert f"own workdir, step {second}" in run.text()
     found = re.findall(r"on node\[0-1\], restart (\d) of 100", run.text())
     assert found == ["0", "1", "2"], run.text()
-    runs.assert_same_run("phase1", folder / "whole", folder / "slurm", steps=24)
-    _, meta = runs.state("phase1", folder / "slurm", steps=24)
+    runs.assert_same_run("phase1", tmp_path / "whole", tmp_path / "slurm", steps=24)
+    _, meta = runs.state("phase1", tmp_path / "slurm", steps=24)
     assert meta["processes"] == 2
 
 
-def test_a_cancelled_job_saves_and_does_not_come_back(cluster, folder):
+def test_a_cancelled_job_saves_and_does_not_come_back(cluster, tmp_path):
     run = Launched(
-        cluster, "slurm", folder / "run", "--platform", "cpu", "--processes-per-node", "2",
-        "--logs", str(folder / "logs"),
+        cluster, "slurm", tmp_path / "run", "--platform", "cpu", "--processes-per-node", "2",
+        "--logs", str(tmp_path / "logs"),
     )  # fmt: skip
     job = run.wait_for(r"submitted as job (\d+)")[1]
     run.wait_for(r"^step [1-9]/")
     cluster.run("scancel", job)
     assert run.finish() == 1, run.text()
     saved = int(run.wait_for(r"preempted: saved step (\d+)")[1])
-    assert "ended as CANCELLED" in run.text() and runs.steps(folder / "run")[-1] == saved
+    assert "ended as CANCELLED" in run.text() and runs.steps(tmp_path / "run")[-1] == saved
     time.sleep(2)
     assert not cluster.run("squeue", "-h")
 
 
-def test_mistakes_end_with_a_message_and_are_not_tried_again(cluster, folder):
-    options = ("--platform", "cpu", "--nodes", "2", "--logs", str(folder / "logs"))
-    wrong = Launched(cluster, "slurm", folder / "run", *options, "--partition", "nowhere")
+def test_mistakes_end_with_a_message_and_are_not_tried_again(cluster, tmp_path):
+    options = (
+        "--platform",
+        "cpu",
+        "--nodes",
+        "2",
+        "--shared-workdir",
+        "--logs",
+        str(tmp_path / "logs"),
+    )
+    wrong = Launched(cluster, "slurm", tmp_path / "run", *options, "--partition", "nowhere")
     assert wrong.finish() == 2
     assert "invalid partition" in wrong.text() and "`sinfo -s` lists" in wrong.text()
-    wrong = Launched(cluster, "slurm", folder / "run", *options, flags=["--config.batch=7"])
+    wrong = Launched(cluster, "slurm", tmp_path / "run", *options, flags=["--config.batch=7"])
     assert wrong.finish() == 2, wrong.text()
     assert "error:" in wrong.text() and "restart 1" not in wrong.text()
     assert not cluster.run("squeue", "-h")
