@@ -18,10 +18,11 @@ CONSTRAINTS := constraints-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys
 # XLA on CPU allocates its buffers anew at each step; with these glibc keeps the pages instead of
 # giving them back (a DC-AE step is 10 % faster).  They must be set before Python starts.
 export GLIBC_TUNABLES := glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=34359738368:glibc.malloc.top_pad=536870912:glibc.malloc.arena_max=1
+SUDO := $(if $(filter-out 0,$(shell id -u)),sudo)
 # A folder of compiled programs: the second run starts at once.
 export JAX_COMPILATION_CACHE_DIR ?= $(HOME)/.cache/dcae_jax/xla
 
-.PHONY: help setup train demo-diffusion report reproduce-dcae reproduce-dcae-demo test test-all \
+.PHONY: help setup train demo-diffusion report reproduce-dcae reproduce-dcae-demo test test-all test-slurm \
   parity lint ablation masking-study bench clean
 
 help:  ## this list
@@ -60,6 +61,12 @@ test: $(READY)  ## the tests
 test-all: $(READY)  ## with the long versions of the promises, compiled as in training
 	XLA_FLAGS="--xla_backend_optimization_level=3 --xla_cpu_use_fusion_emitters=true" \
 	  $(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-slurm: $(READY)  ## the Slurm launcher on a real Slurm (Debian's packages, started here, stopped again)
+	@for p in munged slurmctld slurmd sbatch; do command -v $$p > /dev/null || missing=1; done; \
+	  test -z "$$missing" || { $(SUDO) apt-get update -qq && RUNLEVEL=1 $(SUDO) apt-get install -y \
+	  -qq --no-install-recommends slurmctld slurmd slurm-client munge; }
+	$(BIN)/python -m pytest tests/slurm
 
 parity: $(PARITY)/.ready  ## compare with PyTorch, live (OFFICIAL=FOLDER of DC-Gen: with it too)
 	PYTHONPATH=$(OFFICIAL) $(PARITY)/bin/python -m pytest tests/parity/live

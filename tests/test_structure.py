@@ -20,6 +20,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "dcae_jax"
 FILES = sorted(PACKAGE.rglob("*.py"))
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
+LAUNCHERS = sorted((ROOT / "launch").glob("*.py"))
 # Configs of diffusion models have no phases: the arguments of each.
 DIFFUSION = {
     "demo_diffusion": ("",), "paper_uvit": ("s,f32", "h,f64", "2b,f64", "s,f8"),
@@ -159,8 +160,19 @@ def test_promise_9_who_may_import_what():
         if name.split(".")[0] == "data":
             assert {n.split(".")[0] for n in inner} <= {"data", "errors", "config"}, (name, inner)
     assert all("jax" not in {n.split(".")[0] for n in imports(p)} for p in CONFIGS)
-    for path in (ROOT / "launch").iterdir():
-        assert path.suffix == ".sh", "launch/ holds scripts that run commands, nothing to import"
+
+
+def test_promise_9_launchers_need_no_more_than_python():
+    """They run on laptops and login nodes: the standard library and each other, no more.
+
+    What tells a sweep's trials apart is a part of the program, and dcae_jax never imports them.
+    """
+    own = {p.stem for p in LAUNCHERS}
+    for path in LAUNCHERS:
+        allowed = {*sys.stdlib_module_names, *own, *(("dcae_jax",) if path.stem == "sweep" else ())}
+        roots = {n.split(".")[0] for n in imports(path)}
+        assert roots <= allowed, f"{path.name} imports {sorted(roots - allowed)}"
+    assert not [p for p in FILES if {n.split(".")[0] for n in imports(p)} & {"launch", *own}]
 
 
 def python(code, timeout=120):
@@ -391,7 +403,7 @@ def functions(node, public=True, inside=False):
             yield from functions(child, public, inside)
 
 
-SOURCES = [*FILES, *CONFIGS, ROOT / "main.py"]
+SOURCES = [*FILES, *CONFIGS, *LAUNCHERS, ROOT / "main.py"]
 DEFINED = [(p, *found) for p in SOURCES for found in functions(ast.parse(p.read_text()))]
 
 

@@ -1,0 +1,189 @@
+"""What the launchers share: splitting the command line, shell quoting, starting again, messages.
+
+The launchers run on laptops and login nodes: the standard library only, no dcae_jax and no jax.
+"""
+
+import argparse
+import contextlib
+import itertools
+import os
+import pathlib
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+EXIT_USAGE = 2  # what main.py calls wrong usage, a launcher does too
+EXIT_PREEMPTED = 42  # main.py: saved, start me again
+EXIT_LOST = 43  # main.py: another process of the run is gone or never came
+BACK_OFF = (10, 300)  # seconds before the first restart after a 43, doubled up to the second
+
+
+class LaunchError(Exception):
+    """A mistake, or a fault of the surroundings: one sentence with what to do about it."""
+
+
+# ------------------------------------------------------------------------------------ command line
+
+
+def split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Options of the launcher, and the flags of main.py behind the first `--`."""
+    own = list(argv)
+    at = own.index("--") if "--" in own else len(own)
+    return own[:at], own[at + 1 :]
+
+
+def parser(doc: str) -> argparse.ArgumentParser:
+    """An empty parser with a launcher's docstring as help and the options that all have."""
+    found = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    found.add_argument("--dry-run", action="store_true", help="print what would run, run nothing")
+    found.add_argument(
+        "--max-restarts", type=int, default=100, metavar="N", help="starts after the first (100)"
+    )
+    found.add_argument(
+        "--max-failures", type=int, default=10, metavar="N",
+        help="of those, for exit code 43 in a row: a process is gone or never came (10)",
+    )  # fmt: skip
+    return found
+
+
+def flag(flags: Sequence[str], name: str) -> str | None:
+    """The value of a flag of main.py: --name=V, -name=V or --name V; the last one counts."""
+    found = None
+    for word, following in itertools.zip_longest(flags, flags[1:]):
+        key, equals, value = word.partition("=")
+        if key in (f"--{name}", f"-{name}"):
+            found = value if equals else following
+    return found
+
+
+def main_flags(flags: Sequence[str], devices: int) -> list[str]:
+    """Flags of main.py with the number of devices of all processes, which it then checks."""
+    given = flag(flags, "expect_devices") is not None
+    return [*flags, *([] if given else [f"--expect_devices={devices}"])]
+
+
+def main_command(python: str, flags: Sequence[str], devices: int) -> list[str]:
+    """`python main.py FLAGS`, from the folder that we are in."""
+    return [python, os.path.relpath(ROOT / "main.py"), *main_flags(flags, devices)]
+
+
+def require_flags(flags: Sequence[str]) -> None:
+    """A run needs a config and, unless it is a dry run of main.py, a workdir."""
+    if flag(flags, "config") is None:
+        raise LaunchError(
+            "no --config behind `--`; the flags of main.py stand there: "
+            "launch/LAUNCHER.py [OPTIONS] -- --config=FILE:ARG --workdir=DIR"
+        )
+    if flag(flags, "workdir") is None and "--dry_run" not in flags:
+        raise LaunchError("no --workdir behind `--`; a restart resumes from it")
+
+
+def is_local(path: str | None) -> bool:
+    """Whether a path is a folder of one machine (or of a mount), not of an object store."""
+    return path is not None and "://" not in path
+
+
+def shell(command: Sequence[str], env: Mapping[str, str] | None = None) -> str:
+    """A command line for a POSIX shell, its variables in front."""
+    return " ".join([*(f"{k}={shlex.quote(v)}" for k, v in (env or {}).items()), *quoted(command)])
+
+
+def quoted(words: Sequence[str]) -> list[str]:
+    """Each word as the shell needs it."""
+    return [shlex.quote(w) for w in words]
+
+
+# ----------------------------------------------------------------------------------------- running
+
+
+def say(text: str) -> None:
+    """One line of the launcher itself."""
+    print(f"launch: {text}", flush=True)
+
+
+def require_program(name: str, mend: str) -> None:
+    """The program must be on PATH."""
+    if shutil.which(name) is None:
+        raise LaunchError(f"there is no `{name}` on PATH; {mend}")
+
+
+def capture(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    """Runs a command to its end; its output as text.  Exit codes are the caller's to judge."""
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def explain(what: str, stderr: str, mends: Sequence[tuple[str, str]]) -> str:
+    """The message of a command that failed, with what to do where the text is known."""
+    lines = stderr.splitlines()
+    # kubectl's own log comes before its message.
+    message = [ln for ln in lines if not re.match(r"[EWI]\d{4} \d\d:", ln)] or lines
+    said = " ".join(" ".join(message).split()) or "without a word"
+    known = [mend for text, mend in mends if text in said.lower()]
+    return f"{what} failed: {said}" + (f"\n  -> {known[0]}" if known else "")
+
+
+@contextlib.contextmanager
+def on_signals(act: Callable[[], None]) -> Iterator[None]:
+    """Calls `act` on SIGTERM, Ctrl-C and a closed terminal while the block runs."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    before = {n: signal.signal(n, lambda *_: act()) for n in numbers}
+    try:
+        yield
+    finally:
+        for n, handler in before.items():
+            signal.signal(n, handler)
+
+
+def back_off(failures: int) -> int:
+    """Seconds to wait after so many failures in a row."""
+    first, most = BACK_OFF
+    return min(first * 2 ** (failures - 1), most)
+
+
+def until_done(
+    start: Callable[[], int],
+    args: argparse.Namespace,
+    stopped: Callable[[], bool] = lambda: False,
+    sleep: Callable[[float], object] = time.sleep,
+) -> int:
+    """Calls `start` until its exit code is neither 42 nor 43, or no restart is left.
+
+    After 42 at once; after 43, a failure of a machine or a process, with a growing pause, which a
+    42 ends.  `stopped`: whoever launched asked to end, so that a 42 is the answer and no reason.
+    """
+    restarts = failures = 0
+    say("start")
+    while (code := start()) in (EXIT_PREEMPTED, EXIT_LOST) and not stopped():
+        failures = failures + 1 if code == EXIT_LOST else 0
+        why = f"a process is gone, {failures} in a row" if failures else "preempted and saved"
+        if restarts == args.max_restarts or failures > args.max_failures:
+            limit = f"--max-restarts {args.max_restarts} --max-failures {args.max_failures}"
+            say(f"exit code {code} ({why}): no restart left ({limit}); the same command continues")
+            break
+        restarts += 1
+        if failures:
+            say(f"exit code {code} ({why}); waiting {back_off(failures)} s")
+            sleep(back_off(failures))
+            if stopped():
+                break
+        say(f"restart {restarts} of {args.max_restarts}: exit code {code} ({why})")
+    say(f"the job ended with exit code {code}")
+    return code
+
+
+def run(main: Callable[[list[str]], int]) -> None:
+    """A launcher's `main(argv)` as a program: its exit code, mistakes as one sentence."""
+    try:
+        code = main(sys.argv[1:])
+    except LaunchError as e:
+        print(f"error: {e}", file=sys.stderr)
+        code = EXIT_USAGE
+    sys.exit(code)

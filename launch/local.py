@@ -1,0 +1,201 @@
+"""Runs main.py as one or several processes on this machine, on its CPU or its GPUs.
+
+  launch/local.py [OPTIONS] -- --config=FILE:ARG --workdir=DIR [flags of main.py]
+  launch/local.py --processes 2 --platform cpu -- --config=configs/demo.py:phase1 --workdir=runs/two
+
+Process 0 prints as it is, the others behind their number.  A process that fails ends the others.
+SIGTERM and Ctrl-C are passed on: the run saves and ends with 42.  A run that is preempted otherwise
+(42) or that lost a process (43) is started again.
+"""
+
+import argparse
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from typing import IO
+
+import common
+import xla_flags
+from common import LaunchError, say
+
+GRACE = 20  # seconds that the others get to end by themselves after one has failed
+
+
+def options(argv: Sequence[str]) -> argparse.Namespace:
+    """The options in front of `--`."""
+    p = common.parser(__doc__ or "")
+    p.add_argument("--processes", type=int, default=1, metavar="N", help="processes (1)")
+    p.add_argument("--platform", choices=("cpu", "gpu"), default="cpu", help="cpu (default) or gpu")
+    p.add_argument(
+        "--devices-per-process", type=int, metavar="K",
+        help="GPUs, or devices that XLA makes of the CPU (gpu: all shared out; cpu: 1)",
+    )  # fmt: skip
+    p.add_argument("--port", type=int, help="where process 0 listens (a free one is taken)")
+    p.add_argument("--python", default=sys.executable, help="interpreter (this one)")
+    return p.parse_args(argv)
+
+
+def gpus() -> list[str]:
+    """The GPUs that this launcher may use, as CUDA_VISIBLE_DEVICES names them."""
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        return [d for d in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if d]
+    common.require_program(
+        "nvidia-smi", "without NVIDIA's driver there is no GPU here; --platform cpu runs without"
+    )
+    done = common.capture(["nvidia-smi", "-L"])
+    if done.returncode:
+        said = (done.stderr or done.stdout).strip()
+        raise LaunchError(f"`nvidia-smi -L` fails ({said}); mend the driver, or use --platform cpu")
+    count = sum(line.startswith("GPU ") for line in done.stdout.splitlines())
+    return [str(i) for i in range(count)]
+
+
+def devices(args: argparse.Namespace) -> list[list[str]]:
+    """The devices of each process."""
+    n, k = args.processes, args.devices_per_process
+    if n < 1 or (k is not None and k < 1):
+        raise LaunchError("--processes and --devices-per-process are at least 1")
+    if args.platform == "cpu":
+        return [[str(j) for j in range(k or 1)] for _ in range(n)]
+    found = gpus()
+    k = k or len(found) // n
+    if not k or n * k > len(found):
+        raise LaunchError(
+            f"{n} processes with {k or 1} GPUs each need {n * (k or 1)}, and {len(found)} are "
+            "visible (`nvidia-smi -L`, CUDA_VISIBLE_DEVICES); lower --processes or "
+            "--devices-per-process"
+        )
+    return [found[i * k : (i + 1) * k] for i in range(n)]
+
+
+def free_port(wanted: int | None) -> int:
+    """A port that nobody listens on; the wanted one or a message."""
+    with socket.socket() as s:
+        try:
+            s.bind(("127.0.0.1", wanted or 0))
+        except OSError as e:
+            raise LaunchError(
+                f"port {wanted} of this machine cannot be used ({e.strerror}); leave --port out "
+                "and a free one is taken, or choose another"
+            ) from e
+        return s.getsockname()[1]
+
+
+def environments(args: argparse.Namespace, shares: list[list[str]], port: int) -> list[dict]:
+    """What each process has in its environment beside what the launcher has."""
+    found = []
+    for i, share in enumerate(shares):
+        env = xla_flags.environment(args.platform, devices_per_process=len(share))
+        if args.platform == "gpu":
+            # Inside a Slurm job jax would otherwise take one device by SLURM_LOCALID.
+            ids = ",".join(str(j) for j in range(len(share)))
+            env |= {"CUDA_VISIBLE_DEVICES": ",".join(share), "JAX_LOCAL_DEVICE_IDS": ids}
+        if len(shares) > 1:
+            env |= {
+                "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+                "JAX_NUM_PROCESSES": str(len(shares)), "JAX_PROCESS_ID": str(i),
+            }  # fmt: skip
+        found.append(env)
+    return found
+
+
+class Job:
+    """The processes of one start: started together, ended together."""
+
+    def __init__(self, command: Sequence[str], envs: Sequence[dict[str, str]]) -> None:
+        self.asked_to_stop = False
+        self._processes = []
+        # Ctrl-C reaches the whole process group: the job ignores it, and gets SIGTERM from us.
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        for i, env in enumerate(envs):
+            pipe = subprocess.PIPE if i else None
+            self._processes.append(
+                subprocess.Popen(
+                    command, env={**os.environ, **env}, stdout=pipe,
+                    stderr=subprocess.STDOUT if i else None,
+                )
+            )  # fmt: skip
+        signal.signal(signal.SIGINT, before)
+        self._printers = [
+            threading.Thread(target=_prefixed, args=(p.stdout, f"[{i}] "), daemon=True)
+            for i, p in enumerate(self._processes) if i
+        ]  # fmt: skip
+        for thread in self._printers:
+            thread.start()
+
+    def stop(self) -> None:
+        """SIGTERM to all that run; the second time they are killed."""
+        for p in self._processes:
+            if p.poll() is None:
+                p.kill() if self.asked_to_stop else p.terminate()
+        self.asked_to_stop = True
+
+    def wait(self) -> int:
+        """The exit code of the job: that of the first process that did not end with 0."""
+        first, deadline = 0, float("inf")
+        while running := [p for p in self._processes if p.poll() is None]:
+            bad = [p.returncode for p in self._processes if p.returncode]
+            if bad and not first:
+                first, deadline = bad[0], time.monotonic() + GRACE
+            if first != common.EXIT_PREEMPTED and time.monotonic() > deadline:
+                say(f"a process ended with {first}: ending the other {len(running)}")
+                for p in running:
+                    p.kill()
+                deadline = float("inf")
+            time.sleep(0.1)
+        for thread in self._printers:
+            thread.join(timeout=5)
+        first = first or next((p.returncode for p in self._processes if p.returncode), 0)
+        return _exit_code(first)
+
+
+def _prefixed(pipe: IO[bytes], prefix: str) -> None:
+    for line in pipe:
+        sys.stdout.buffer.write(prefix.encode() + line.rstrip(b"\n") + b"\n")
+        sys.stdout.flush()
+
+
+def _exit_code(code: int) -> int:
+    """A process that was killed from outside (by hand, or for memory) is one that is gone."""
+    if code == -signal.SIGKILL:
+        return common.EXIT_LOST
+    return code if code >= 0 else 128 - code
+
+
+def main(argv: list[str]) -> int:
+    """Starts, waits, starts again; the exit code of the job."""
+    own, flags = common.split(argv)
+    args = options(own)
+    common.require_flags(flags)
+    shares = devices(args)
+    command = common.main_command(args.python, flags, sum(map(len, shares)))
+    envs = environments(args, shares, free_port(args.port) if args.processes > 1 else 0)
+    for i, env in enumerate(envs):
+        print(f"[{i}] {common.shell(command, env)}", flush=True)
+    if args.dry_run:
+        return 0
+    job: list[Job] = []
+
+    def start() -> int:
+        if args.processes > 1 and job and args.port is None:  # the old port may still be closing
+            envs[:] = environments(args, shares, free_port(None))
+        job[:] = [Job(command, envs)]
+        return job[0].wait()
+
+    def stop() -> None:
+        stopping.set()
+        if job:
+            job[0].stop()
+
+    stopping = threading.Event()
+    with common.on_signals(stop):
+        return common.until_done(start, args, stopping.is_set, stopping.wait)
+
+
+if __name__ == "__main__":
+    common.run(main)

@@ -1,0 +1,107 @@
+"""What the launchers share: splitting at `--`, flags of main.py, when a job is started again."""
+
+import argparse
+import os
+import subprocess
+import sys
+
+import common
+import pytest
+import xla_flags
+from conftest import ROOT
+
+
+def test_the_first_double_dash_splits():
+    assert common.split(["--a", "--", "--b", "--", "c"]) == (["--a"], ["--b", "--", "c"])
+    assert common.split(["--a"]) == (["--a"], [])
+
+
+def test_flags_of_main_are_found_in_each_of_their_forms():
+    flags = ["--config=a.py:x", "-workdir", "gs://b/c", "--workdirs=no"]
+    assert common.flag(flags, "config") == "a.py:x" and common.flag(flags, "workdir") == "gs://b/c"
+    assert common.flag([*flags, "--workdir=last"], "workdir") == "last"
+    assert common.flag(flags, "mode") is None
+    assert common.main_flags(flags, 8)[-1] == "--expect_devices=8"
+    assert common.main_flags(["--expect_devices=4"], 8) == ["--expect_devices=4"]
+
+
+def test_a_printed_command_is_read_back_by_the_shell():
+    words = ["python", "main.py", "--workdir=two words", "--config.x=it's $HOME"]
+    code = "import sys, os; print(sys.argv[1:], os.environ['A'])"
+    line = common.shell([sys.executable, "-c", code, *words], {"A": "x 'y'"})
+    out = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=True).stdout
+    assert out.strip() == f"{words} x 'y'"
+
+
+@pytest.mark.parametrize(
+    ("codes", "restarts", "waits"),
+    [
+        ([0], 0, []),
+        ([1], 0, []),
+        ([2], 0, []),
+        ([42, 42, 0], 2, []),
+        ([43, 43, 43, 43, 43, 43, 43, 0], 7, [10, 20, 40, 80, 160, 300, 300]),
+        ([43, 43, 42, 43, 1], 4, [10, 20, 10]),  # what was saved ends the row
+        ([42] * 9, 5, []),
+        ([43] * 9, 4, [10, 20, 40, 80]),
+    ],
+)
+def test_a_job_is_started_again_on_42_and_43_only(codes, restarts, waits, capsys):
+    left, slept = list(codes), []
+    limits = argparse.Namespace(
+        max_restarts=5 if codes == [42] * 9 else 100, max_failures=4 if codes == [43] * 9 else 10
+    )
+    code = common.until_done(lambda: left.pop(0), limits, sleep=slept.append)
+    assert code == codes[restarts] and len(codes) - len(left) == restarts + 1 and slept == waits
+    out = capsys.readouterr().out
+    assert out.count("launch: restart") == restarts and out.startswith("launch: start\n")
+    assert ("no restart left (--max-restarts" in out) == (len(codes) == 9)
+
+
+def test_who_asked_for_the_end_gets_it(capsys):
+    limits, asked = argparse.Namespace(max_restarts=100, max_failures=10), iter([False, True])
+    assert common.until_done(lambda: 42, limits, lambda: True) == 42
+    assert common.until_done(lambda: 43, limits, lambda: next(asked), sleep=lambda s: None) == 43
+    assert "restart" not in capsys.readouterr().out
+
+
+def test_flags_of_xla_exist_in_the_installed_jaxlib():
+    """An unknown flag ends the process: the real one says so here (it knows GPU flags too)."""
+    for platform in ("cpu", "gpu"):
+        env = xla_flags.environment(platform, devices_per_process=3, nodes=2, given={})
+        for extra, code in (("", 0), (" --xla_gpu_no_such_flag=1", 1)):
+            done = subprocess.run(
+                [sys.executable, "-c", "import jaxlib.xla_client as x; x.make_cpu_client()"],
+                capture_output=True, text=True,
+                env=os.environ | {"XLA_FLAGS": env["XLA_FLAGS"] + extra},
+            )  # fmt: skip
+            assert bool(done.returncode) == bool(code), done.stderr[-2000:]
+            assert ("Unknown flag" in done.stderr) == bool(code)
+
+
+def test_what_the_user_has_set_wins():
+    given = {"XLA_FLAGS": "--xla_gpu_enable_latency_hiding_scheduler=false", "NCCL_DEBUG": "INFO"}
+    env = xla_flags.environment("gpu", nodes=2, given=given)
+    assert env["XLA_FLAGS"].endswith("scheduler=false") and "NCCL_DEBUG" not in env
+    assert "NCCL_DEBUG" not in xla_flags.environment("gpu", given={})
+    assert "parallel_all_reduce" not in str(xla_flags.environment("tpu", given={}))
+    assert "parallel_all_reduce" in str(xla_flags.environment("tpu", slices=2, given={}))
+
+
+def test_the_table_of_flags_is_printed():
+    done = subprocess.run([sys.executable, "launch/xla_flags.py", "tpu"], cwd=ROOT,
+                          capture_output=True, text=True, check=True)  # fmt: skip
+    assert done.stdout.startswith("tpu: JAX_PLATFORMS=tpu,cpu\ntpu: LIBTPU_INIT_ARGS=--xla_")
+    wrong = subprocess.run([sys.executable, "launch/xla_flags.py", "npu"], cwd=ROOT,
+                           capture_output=True, text=True)  # fmt: skip
+    assert wrong.returncode == 1 and "there are cpu, gpu, tpu" in wrong.stderr
+
+
+def test_a_failed_command_is_told_with_what_to_do():
+    mends = (("quota", "ask for more"), ("zone", "another zone"))
+    assert common.explain("x", "ERROR: Quota\n exceeded", mends) == (
+        "x failed: ERROR: Quota exceeded\n  -> ask for more"
+    )
+    assert common.explain("x", "", mends) == "x failed: without a word"
+    log = 'E1129 18:43:10.2 1 memcache.go:265] "quota"\nrefused\n'  # as kubectl 1.32 prints
+    assert common.explain("x", log, mends) == "x failed: refused"

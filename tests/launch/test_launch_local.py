@@ -1,0 +1,202 @@
+"""launch/local.py: processes of this machine, real ones.
+
+Most cases have a stand-in for main.py that does what its environment says; the last runs main.py.
+"""
+
+import json
+import os
+import pathlib
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import common
+import local
+import pytest
+import runs
+from conftest import ROOT
+
+# Prints what it was given; then does what the file DO says: a line for each start, in it a word for
+# each process: an exit code, `wait` (for SIGTERM, then 42), `die` (as if killed from outside).
+STAND_IN = """\
+import json, os, pathlib, signal, sys, time
+here, index = pathlib.Path(os.environ["HERE"]), os.environ.get("JAX_PROCESS_ID", "0")
+names = ("JAX_", "CUDA_", "XLA_")
+env = {k: v for k, v in os.environ.items() if k.startswith(names)}
+starts = here / f"starts{index}"
+n = len(starts.read_text().split()) if starts.exists() else 0
+signal.signal(signal.SIGTERM, lambda *_: (print("saved", flush=True), os._exit(42)))
+with open(starts, "a") as file:
+    print(os.getpid(), file=file)
+print("argv", json.dumps(sys.argv[1:]))
+print("env", json.dumps(env), flush=True)
+what = (here / "do").read_text().splitlines()[n].split()[int(index)]
+if what == "die":
+    os.kill(os.getpid(), signal.SIGKILL)
+if what == "wait":
+    time.sleep(60)
+sys.exit(int(what))
+"""
+
+
+@pytest.fixture
+def stand_in(tmp_path, monkeypatch):
+    """launch(what each process does, options) -> exit code, in this process."""
+    (tmp_path / "main.py").write_text(STAND_IN)
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nshift; exec {sys.executable} -I {tmp_path}/main.py "$@"\n')
+    python.chmod(0o755)
+    monkeypatch.setenv("HERE", str(tmp_path))
+    monkeypatch.setattr(local, "GRACE", 1)
+    monkeypatch.setattr(common, "BACK_OFF", (0.1, 0.1))
+
+    def launch(do, *options):
+        (tmp_path / "do").write_text("\n".join(do))
+        return local.main(["--python", str(python), *options, "--", "--config=a", "--workdir=w x"])
+
+    return launch
+
+
+def pids(folder, index):
+    return [int(p) for p in (folder / f"starts{index}").read_text().split()]
+
+
+def test_each_process_gets_its_number_and_output_is_told_apart(stand_in, capfd):
+    assert stand_in(["0 0 0"], "--processes", "3", "--devices-per-process", "2") == 0
+    out = capfd.readouterr().out
+    argv = 'argv ["--config=a", "--workdir=w x", "--expect_devices=6"]'
+    assert all(f"\n{prefix}{argv}" in out for prefix in ("", "[1] ", "[2] "))
+    envs = [(p, json.loads(e)) for p, e in re.findall(r"^(\[\d\] )?env (.*)", out, re.M)]
+    assert {(p, e["JAX_PROCESS_ID"], e["JAX_NUM_PROCESSES"]) for p, e in envs} == {
+        ("", "0", "3"), ("[1] ", "1", "3"), ("[2] ", "2", "3")
+    }  # fmt: skip
+    (address,) = {e["JAX_COORDINATOR_ADDRESS"] for _, e in envs}
+    assert re.fullmatch(r"127.0.0.1:\d+", address)
+    assert out.count("--xla_force_host_platform_device_count=2") == 6  # printed, and really set
+
+
+def test_one_process_is_started_without_a_coordinator(stand_in, capfd):
+    assert stand_in(["0"]) == 0
+    assert "JAX_NUM_PROCESSES" not in capfd.readouterr().out
+
+
+def test_42_starts_all_again_and_43_and_kill_9_too(stand_in, tmp_path, capfd):
+    do = ["42 42", "43 43", "die 43", "0 0"]
+    assert stand_in(do, "--processes", "2") == 0
+    out = capfd.readouterr().out
+    assert len(pids(tmp_path, 0)) == len(pids(tmp_path, 1)) == 4
+    assert "restart 1 of 100: exit code 42 (preempted and saved)" in out
+    assert "restart 2 of 100: exit code 43 (a process is gone, 1 in a row)" in out
+    assert "restart 3 of 100: exit code 43 (a process is gone, 2 in a row)" in out
+
+
+def test_no_more_restarts_than_allowed(stand_in, tmp_path, capfd):
+    assert stand_in(["42"] * 5, "--max-restarts", "2") == 42
+    assert len(pids(tmp_path, 0)) == 3 and "no restart left" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(("do", "code"), [("1 wait", 1), ("wait 2", 2), ("0 1", 1)])
+def test_a_process_that_fails_ends_the_others(stand_in, tmp_path, do, code):
+    begin = time.monotonic()
+    assert stand_in([do], "--processes", "2") == code
+    assert time.monotonic() - begin < 20
+    for pid in pids(tmp_path, 0) + pids(tmp_path, 1):
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_signals_are_passed_on_and_their_42_is_no_reason_to_start_again(
+    stand_in, tmp_path, capfd, number
+):
+    def send():
+        while not all((tmp_path / f"starts{i}").exists() for i in (0, 1)):
+            time.sleep(0.05)
+        time.sleep(0.2)
+        os.kill(os.getpid(), number)
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    assert stand_in(["wait wait"] * 2, "--processes", "2") == 42
+    sender.join()
+    out = capfd.readouterr().out
+    assert "\nsaved" in out and "\n[1] saved" in out and "restart" not in out
+
+
+def refused(*argv):
+    with pytest.raises(common.LaunchError) as e:
+        local.main([*argv, "--", "--config=a", "--workdir=w"])
+    return str(e.value)
+
+
+def test_mistakes_say_what_to_do(fakes, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    gpu = ("--platform", "gpu", "--processes", "2")
+    assert "no NVIDIA driver" in (said := refused(*gpu)) or "--platform cpu" in said
+    fakes.script("nvidia-smi", "#!/bin/sh\necho 'GPU 0: H100'; echo 'GPU 1: H100'\n")
+    said = refused(*gpu, "--devices-per-process", "2")
+    assert "need 4, and 2 are visible" in said and "lower --processes" in said
+    said = refused("--platform", "gpu", "--processes", "3")
+    assert "3 processes with 1 GPUs each need 3, and 2 are visible" in said
+    fakes.script("nvidia-smi", "#!/bin/sh\necho 'no devices were found' >&2; exit 9\n")
+    assert "no devices were found" in refused(*gpu)
+    assert "at least 1" in refused("--processes", "0")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+        said = refused("--processes", "2", "--port", str(port))
+    assert f"port {port}" in said and "leave --port out" in said
+    for flags, hint in (([], "no --config behind `--`"), (["--config=a"], "no --workdir")):
+        with pytest.raises(common.LaunchError, match=hint):
+            local.main(["--", *flags])
+
+
+# ----------------------------------------------------------------------------------- main.py itself
+
+OPTIONS = ("--config.report.every=1", "--config.checkpoint.every=4")
+
+
+@pytest.mark.multiprocess
+def test_the_printed_commands_are_the_run_and_a_preempted_run_goes_on(tmp_path):
+    """First what --dry-run prints, each line in a shell of its own; then the launcher itself."""
+    flags = runs.command("phase1", tmp_path / "run", *OPTIONS)[2:]
+    launch = [sys.executable, "launch/local.py", "--processes", "2"]
+    env = runs.environment(PYTHONUNBUFFERED=1)
+    printed = subprocess.run(
+        [*launch, "--dry-run", "--", *flags, "--config.steps=2"], cwd=ROOT, env=env,
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    lines = [line.partition("] ")[2] for line in printed.stdout.splitlines()]
+    assert len(lines) == 2 and not (tmp_path / "run").exists()
+    both = [
+        subprocess.Popen(["bash", "-c", line], cwd=ROOT, env=env, stdout=subprocess.PIPE,
+                         stderr=subprocess.STDOUT, text=True)
+        for line in lines
+    ]  # fmt: skip
+    texts = [p.communicate(timeout=400)[0] for p in both]
+    assert [p.returncode for p in both] == [0, 0], texts
+    assert runs.steps(tmp_path / "run")[-1] == 2
+
+    job = subprocess.Popen([*launch, "--", *flags, "--config.steps=2000"], cwd=ROOT, env=env,
+                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip
+    text, sent = "", 0
+    for line in job.stdout:
+        text += line
+        if line.startswith("step ") and sent < text.count("own workdir") <= 2:
+            # The first time to one process, then to the launcher.
+            children = pathlib.Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+            os.kill(int(children[1]) if not sent else job.pid, signal.SIGTERM)
+            sent += 1
+    assert job.wait() == 42 and sent == 2, text
+    assert (
+        "restart 1 of 100: exit code 42 (preempted and saved)" in text and "restart 2" not in text
+    )
+    saved = [int(s) for s in re.findall(r"preempted: saved step (\d+)", text)]
+    assert len(saved) == 2 and 2 < saved[0] < saved[1]
+    assert f"own workdir, step {saved[0]}" in text
+    _, meta = runs.state("phase1", tmp_path / "run")
+    assert meta["processes"] == 2 and meta["step"] == saved[1]
