@@ -31,6 +31,7 @@ from dcae_jax import (
     rng,
     sharding,
     step,
+    store,
     tree,
 )
 from dcae_jax.config import InitWeights, NonFinite, RunConfig
@@ -118,9 +119,10 @@ def _work(run: Run) -> int:
 
 @contextlib.contextmanager
 def _disk_errors(workdir: epath.Path) -> Iterator[None]:
-    """Turns a full disk into one sentence, whatever was being written."""
+    """Turns a full disk into one sentence, whatever was being written; a missing client too."""
     try:
-        yield
+        with store.told():
+            yield
     except OSError as e:
         if e.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -142,7 +144,8 @@ def evaluate(cfg: RunConfig, source: str, preemption: distributed.Preemption) ->
     The workdir may be of a run or an imported autoencoder; only the weights have to fit.  Scores
     and grids go into eval/ of the workdir; the record of the training stays as it is.
     """
-    checkpoint.find_source(source, "--workdir")
+    with store.told():
+        checkpoint.find_source(source, "--workdir")
     workdir, mesh = checkpoint.workdir_of(source), sharding.make_mesh(cfg.mesh)
     with jax.set_mesh(mesh), _disk_errors(workdir), provenance.lock(workdir):
         task = cfg.task.build(cfg)

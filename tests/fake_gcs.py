@@ -58,6 +58,7 @@ class Server:
         return {
             HOST: self.url, "TENSORSTORE_GCS_HTTP_URL": self.url, "NO_GCE_CHECK": "true",
             "GOOGLE_AUTH_TOKEN_FOR_TESTING": "x", "TENSORSTORE_GCS_HTTP_VERSION": "1.1",
+            "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
         }  # fmt: skip
 
     def close(self) -> None:
@@ -136,6 +137,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(data)
+
+    def handle(self) -> None:
+        """Clients may hang up at any moment."""
+        with contextlib.suppress(ConnectionError):
+            super().handle()
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = do_PATCH = _any
 

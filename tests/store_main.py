@@ -1,7 +1,7 @@
 """Runs main.py or `-m dcae_jax` with `gs://` meaning the store of tests/fake_gcs.py.
 
-    python tests/store_main.py main.py --config=... --workdir=gs://bucket/run
-    python tests/store_main.py dcae_jax cache-latents --out gs://bucket/latents
+python tests/store_main.py main.py --config=... --workdir=gs://bucket/run
+python tests/store_main.py dcae_jax cache-latents --out gs://bucket/latents
 """
 
 import runpy

@@ -12,15 +12,11 @@ from collections.abc import Iterator
 
 from etils import epath
 
+from dcae_jax import store
 from dcae_jax.cli._doctor_base import GIB, Finding, failed, warning
 
 _SIZE = 32 * 2**20
 _PIECES = 4
-
-
-def is_store(path: epath.Path) -> bool:
-    """Whether it is an object store: no rename, no locks, no known end of its space."""
-    return "://" in os.fspath(path)
 
 
 @contextlib.contextmanager
@@ -34,7 +30,7 @@ def scratch(folder: epath.Path) -> Iterator[epath.Path]:
     finally:
         with contextlib.suppress(OSError):
             inner.rmtree(missing_ok=True)
-        for path in [] if is_store(folder) else made:
+        for path in [] if store.is_store(folder) else made:
             with contextlib.suppress(OSError):
                 path.rmdir()
 
@@ -44,7 +40,7 @@ def workdir(folder: epath.Path) -> list[Finding]:
     try:
         with scratch(folder) as inner:
             found = _files(inner)
-            return found if is_store(folder) else [*found, *_local(inner)]
+            return found if store.is_store(folder) else [*found, *_local(inner)]
     except OSError as e:
         return [failed("workdir", f"{folder}: {e.strerror or e}", _mend(e))]
 
@@ -83,7 +79,7 @@ def _files(inner: epath.Path) -> list[Finding]:
 
 def _write(path: epath.Path, data: bytes) -> None:
     """A whole file; on a disk until the disk has it."""
-    if is_store(path):
+    if store.is_store(path):
         path.write_bytes(data)
         return
     with open(path, "wb") as file:
@@ -145,7 +141,7 @@ def space(folder: epath.Path, one: int | None, count: int, there: int) -> Findin
 
     `one` None: no config says how large they are.
     """
-    if is_store(folder):
+    if store.is_store(folder):
         value = f"{folder} is an object store: no limit known"
         if one is not None:
             value += f"; {_checkpoints(one, count)}"
