@@ -59,6 +59,7 @@ class Server:
             HOST: self.url, "TENSORSTORE_GCS_HTTP_URL": self.url, "NO_GCE_CHECK": "true",
             "GOOGLE_AUTH_TOKEN_FOR_TESTING": "x", "TENSORSTORE_GCS_HTTP_VERSION": "1.1",
             "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
+            "CLOUD_STORAGE_EMULATOR_ENDPOINT": self.url,  # of ArrayRecord
         }  # fmt: skip
 
     def close(self) -> None:
