@@ -6,11 +6,16 @@ Paths of users go through `etils.epath`, which hands `gs://` to gcsfs.  Nothing 
 import contextlib
 import json
 import os
+import pathlib
+import shutil
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dcae_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from etils import epath
 
 _PROTOCOLS = ("gcs", "s3")  # as fsspec calls them
 _CLIENTS = {"gcsfs": "gcsfs", "google": "gcsfs", "s3fs": "s3fs"}  # what is missing -> what to get
@@ -35,6 +40,16 @@ def fresh_listings() -> None:
         if "fsspec.config" in sys.modules:  # it has read the environment already
             conf = sys.modules["fsspec.config"].conf
             conf[protocol] = options | (conf[protocol] if protocol in conf else {})
+
+
+def upload(folder: str, target: "epath.Path") -> None:
+    """Moves a local folder, and all below it, into a store."""
+    for path in pathlib.Path(folder).iterdir():
+        if path.is_dir():
+            upload(os.fspath(path), target / path.name)
+        else:
+            (target / path.name).write_bytes(path.read_bytes())
+    shutil.rmtree(folder)
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ import functools
 import json
 import math
 import os
+import tempfile
 import time
 import zlib
 from collections.abc import Callable, Hashable, Iterator
@@ -72,7 +73,7 @@ class Run:
     saved_at: float = field(default_factory=time.monotonic)
     scores: dict[str, float] = field(default_factory=dict)  # of the last evaluation
     bad_steps: int = 0  # non-finite ones in a row
-    profiling: bool = False  # a trace is being recorded
+    profiling: str = ""  # the folder of a trace that is being recorded
     pending: list[Row] = field(default_factory=list)  # of steps that are not logged yet
 
     def step(self) -> int:
@@ -437,8 +438,8 @@ def _profile(run: Run, k: int) -> None:
     """Starts the trace before step `profile_at`, ends it `profile_steps` later."""
     at = run.cfg.report.profile_at
     if at and k == at:
-        jax.profiler.start_trace(os.fspath(run.workdir / "profile"))
-        run.profiling = True
+        run.profiling = _profile_folder(run)
+        jax.profiler.start_trace(run.profiling)
     if run.profiling and k == at + run.cfg.report.profile_steps:
         jax.block_until_ready(run.state)  # the steps in flight belong to it
         _end_profile(run)
@@ -446,9 +447,18 @@ def _profile(run: Run, k: int) -> None:
 
 def _end_profile(run: Run) -> None:
     if run.profiling:
-        run.profiling = False
+        folder, run.profiling = run.profiling, ""
         jax.profiler.stop_trace()
+        if store.is_store(run.workdir):
+            store.upload(folder, run.workdir / "profile")
         say(f"profile: {run.workdir / 'profile'}")
+
+
+def _profile_folder(run: Run) -> str:
+    """Where the profiler writes: it knows no object stores."""
+    if store.is_store(run.workdir):
+        return tempfile.mkdtemp(prefix="dcae_jax_profile_")
+    return os.fspath(run.workdir / "profile")
 
 
 def _healthy(run: Run, metrics: Row, k: int) -> bool:

@@ -8,8 +8,9 @@ It speaks as much of the JSON interface of Google Cloud Storage (cloud.google.co
 json_api/v1) as its clients use: tensorstore's own client, which writes and reads the arrays of
 checkpoints, and fsspec's for everything else.  That is gcsfs where it is installed, and otherwise
 `Bucket` below.  Copies, compositions and patches are refused (`refused` lists them), so nothing can
-be renamed or appended to; an object appears whole when its upload ends; with `lag` seconds a new
-object is missing from listings for so long, while reading it by name works at once.
+be renamed or appended to; an object appears whole when its upload ends; names that begin with one
+of `hidden` are missing from listings, as new ones may be for a while, and are read by name all the
+same.
 """
 
 import contextlib
@@ -26,6 +27,7 @@ import threading
 import time
 import types
 import urllib.parse
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import fsspec
@@ -37,11 +39,11 @@ HOST = "STORAGE_EMULATOR_HOST"  # as Google's clients call it
 class Server:
     """The store and its HTTP server, in a thread."""
 
-    def __init__(self, lag: float = 0.0) -> None:
+    def __init__(self) -> None:
         self.objects: dict[str, bytes] = {}
         self.generations: dict[str, int] = {}
-        self.born: dict[str, float] = {}
-        self.lag = lag
+        self.hidden: tuple[str, ...] = ()
+        self.before_put: Callable[[str], None] = lambda name: None
         self.refused: list[str] = []  # what an object store cannot do
         self.requests: list[str] = []
         self.uploads: dict[str, str] = {}  # resumable ones under way: session -> name
@@ -62,6 +64,13 @@ class Server:
             "CLOUD_STORAGE_EMULATOR_ENDPOINT": self.url,  # of ArrayRecord
         }  # fmt: skip
 
+    def clear(self) -> None:
+        """Forgets everything."""
+        with self.lock:
+            for held in (self.objects, self.generations, self.uploads, self.refused, self.requests):
+                held.clear()
+            self.hidden, self.before_put = (), lambda name: None
+
     def close(self) -> None:
         """Ends the server; what is stored stays readable here."""
         self._server.shutdown()
@@ -69,9 +78,9 @@ class Server:
 
     def put(self, name: str, data: bytes) -> dict[str, Any]:
         """Stores an object, whole."""
+        self.before_put(name)
         with self.lock:
             self.clock += 1
-            self.born.setdefault(name, time.monotonic())
             self.objects[name], self.generations[name] = data, self.clock
             return self.about(name)
 
@@ -89,7 +98,6 @@ class Server:
     def drop(self, name: str) -> bool:
         """Deletes an object; whether there was one."""
         with self.lock:
-            self.born.pop(name, None)
             self.generations.pop(name, None)
             return self.objects.pop(name, None) is not None
 
@@ -98,12 +106,11 @@ class Server:
         prefix, delimiter = query.get("prefix", ""), query.get("delimiter")
         items, prefixes = [], set()
         with self.lock:
-            now = time.monotonic()
             for name in sorted(self.objects):
                 key = name.partition("/")[2]
                 if name.split("/")[0] != bucket or not key.startswith(prefix):
                     continue
-                if now - self.born[name] < self.lag:
+                if name.startswith(self.hidden):
                     continue
                 if key < query.get("startOffset", "") or key >= query.get("endOffset", "\uffff"):
                     continue
@@ -430,3 +437,27 @@ def register() -> None:
     cloud: Any = types.ModuleType("google.cloud")
     cloud.storage = storage
     sys.modules |= {"google.cloud": cloud, "google.cloud.storage": storage}
+
+
+@contextlib.contextmanager
+def served() -> Iterator[Server]:
+    """A store for `gs://` of this process; everything is as before when it ends."""
+    import etils.epath.backend as epath_backend
+
+    server, before = Server(), dict(os.environ)
+    modules = {name: sys.modules.get(name) for name in ("google.cloud", "google.cloud.storage")}
+    os.environ.update(server.environment())
+    register()
+    try:
+        yield server
+    finally:
+        server.close()
+        for name in server.environment():
+            os.environ.pop(name)
+        os.environ.update(before)
+        for name in Bucket.protocol:
+            sys.modules["fsspec.registry"]._registry.pop(name, None)
+        for name, module in modules.items():
+            if module is None:
+                sys.modules.pop(name, None)
+        epath_backend.fsspec_backend._get_filesystem.cache_clear()
