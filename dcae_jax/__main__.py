@@ -6,6 +6,7 @@ import os
 import pathlib
 import sys
 
+from dcae_jax import store
 from dcae_jax.errors import UserError
 
 
@@ -46,7 +47,8 @@ def _run(argv: list[str]) -> int:
         print(f"error: no command {name!r}; there are: {', '.join(known)}", file=sys.stderr)
         return 2
     try:
-        return importlib.import_module(f"dcae_jax.cli.{name.replace('-', '_')}").main(rest)
+        with store.told():
+            return importlib.import_module(f"dcae_jax.cli.{name.replace('-', '_')}").main(rest)
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2

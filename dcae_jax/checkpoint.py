@@ -26,7 +26,7 @@ from etils import epath
 from jaxtyping import Array, UInt32
 from orbax.checkpoint import checkpoint_managers as policies
 
-from dcae_jax import distributed, tree
+from dcae_jax import distributed, store, tree
 from dcae_jax.config import CheckpointConfig, JSONValue
 from dcae_jax.errors import UserError
 from dcae_jax.step import TrainState, ema_name
@@ -272,8 +272,9 @@ def load_weights(
 
 def absolute(path: str) -> epath.Path:
     """The path in a form that does not depend on the current folder (Orbax needs that)."""
+    store.require_checkpoints(path)
     whole = epath.Path(path).expanduser()
-    return whole if "://" in str(path) else whole.resolve()
+    return whole if store.is_store(path) else whole.resolve()
 
 
 def find_source(source: str, name: str = "source") -> tuple[epath.Path, list[int]]:
@@ -576,7 +577,7 @@ class Checkpoints:
                     n for n in (f"{step}", *(f"{step}-{i}" for i in range(1, 1000)))
                     if not (self._damaged / n).exists()
                 )  # fmt: skip
-                (self.folder / str(step)).rename(self._damaged / name)
+                _move(self.folder / str(step), self._damaged / name)
                 logging.warning("moved damaged checkpoint %d to %s", step, self._damaged / name)
         distributed.barrier("damaged checkpoints moved")
         self._manager = self._open()
@@ -587,10 +588,27 @@ class Checkpoints:
         self._manager.close()
 
 
+def _move(folder: epath.Path, target: epath.Path) -> None:
+    """Renames a folder; on an object store, which cannot, copies what is in it and deletes it."""
+    if not store.is_store(folder):
+        folder.rename(target)
+        return
+    _copy(folder, target)
+    folder.rmtree()
+
+
+def _copy(folder: epath.Path, target: epath.Path) -> None:
+    for path in folder.iterdir():
+        if path.is_dir():
+            _copy(path, target / path.name)
+        else:
+            path.copy(target / path.name, overwrite=True)
+
+
 def require_space(workdir: epath.Path, state: Any) -> None:
     """Refuses to start when the workdir's disk has no room for two checkpoints."""
     need = 2 * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
-    if "://" in str(workdir):
+    if store.is_store(workdir):
         return
     free = shutil.disk_usage(workdir).free
     if free < need:

@@ -209,6 +209,13 @@ class CheckpointConfig:
     best: str = ""
     best_is_highest: bool = True
 
+    def at_most(self, steps: int) -> int:
+        """How many are on disk at once in a run of so many steps, one being written included."""
+        every = steps // self.keep_every if self.keep_every else 0
+        kept = self.keep + every + bool(self.best) + 1
+        # One is made right after init; a new best one may come at any step.
+        return kept if self.best else min(kept, 1 + math.ceil(steps / self.every))
+
     def problems(self) -> list[str]:
         """All problems of these values, each with its mend."""
         found = []

@@ -35,6 +35,13 @@ def dry_run(cfg: RunConfig) -> int:
     return 0
 
 
+def state_bytes(cfg: RunConfig) -> int:
+    """Bytes of a checkpoint: parameters, statistics, EMA, optimizer; computes nothing."""
+    task = cfg.task.build(cfg)
+    state = jax.eval_shape(lambda: step.init_state(task, cfg, rng.key(cfg.seed)))
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+
+
 def _cache(cfg: RunConfig) -> list[str]:
     """What is there of the latents, where they are cached."""
     data = cfg.data

@@ -9,6 +9,7 @@ import functools
 import json
 import math
 import os
+import tempfile
 import time
 import zlib
 from collections.abc import Callable, Hashable, Iterator
@@ -31,6 +32,7 @@ from dcae_jax import (
     rng,
     sharding,
     step,
+    store,
     tree,
 )
 from dcae_jax.config import InitWeights, NonFinite, RunConfig
@@ -71,7 +73,7 @@ class Run:
     saved_at: float = field(default_factory=time.monotonic)
     scores: dict[str, float] = field(default_factory=dict)  # of the last evaluation
     bad_steps: int = 0  # non-finite ones in a row
-    profiling: bool = False  # a trace is being recorded
+    profiling: str = ""  # the folder of a trace that is being recorded
     pending: list[Row] = field(default_factory=list)  # of steps that are not logged yet
 
     def step(self) -> int:
@@ -118,9 +120,10 @@ def _work(run: Run) -> int:
 
 @contextlib.contextmanager
 def _disk_errors(workdir: epath.Path) -> Iterator[None]:
-    """Turns a full disk into one sentence, whatever was being written."""
+    """Turns a full disk into one sentence, whatever was being written; a missing client too."""
     try:
-        yield
+        with store.told():
+            yield
     except OSError as e:
         if e.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -142,7 +145,8 @@ def evaluate(cfg: RunConfig, source: str, preemption: distributed.Preemption) ->
     The workdir may be of a run or an imported autoencoder; only the weights have to fit.  Scores
     and grids go into eval/ of the workdir; the record of the training stays as it is.
     """
-    checkpoint.find_source(source, "--workdir")
+    with store.told():
+        checkpoint.find_source(source, "--workdir")
     workdir, mesh = checkpoint.workdir_of(source), sharding.make_mesh(cfg.mesh)
     with jax.set_mesh(mesh), _disk_errors(workdir), provenance.lock(workdir):
         task = cfg.task.build(cfg)
@@ -434,8 +438,8 @@ def _profile(run: Run, k: int) -> None:
     """Starts the trace before step `profile_at`, ends it `profile_steps` later."""
     at = run.cfg.report.profile_at
     if at and k == at:
-        jax.profiler.start_trace(os.fspath(run.workdir / "profile"))
-        run.profiling = True
+        run.profiling = _profile_folder(run)
+        jax.profiler.start_trace(run.profiling)
     if run.profiling and k == at + run.cfg.report.profile_steps:
         jax.block_until_ready(run.state)  # the steps in flight belong to it
         _end_profile(run)
@@ -443,9 +447,18 @@ def _profile(run: Run, k: int) -> None:
 
 def _end_profile(run: Run) -> None:
     if run.profiling:
-        run.profiling = False
+        folder, run.profiling = run.profiling, ""
         jax.profiler.stop_trace()
+        if store.is_store(run.workdir):
+            store.upload(folder, run.workdir / "profile")
         say(f"profile: {run.workdir / 'profile'}")
+
+
+def _profile_folder(run: Run) -> str:
+    """Where the profiler writes: it knows no object stores."""
+    if store.is_store(run.workdir):
+        return tempfile.mkdtemp(prefix="dcae_jax_profile_")
+    return os.fspath(run.workdir / "profile")
 
 
 def _healthy(run: Run, metrics: Row, k: int) -> bool:

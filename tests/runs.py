@@ -106,15 +106,15 @@ def environment(*, devices=1, **more):
     return env | {k: str(v) for k, v in more.items()}
 
 
-def command(arg, workdir, *options):
-    found = [sys.executable, "main.py", f"--config={CONFIG}:{arg}"]
+def command(arg, workdir, *options, program=("main.py",)):
+    found = [sys.executable, *program, f"--config={CONFIG}:{arg}"]
     return [*found, *([f"--workdir={workdir}"] if workdir else []), *options]
 
 
-def start(arg, workdir, *options, **env):
+def start(arg, workdir, *options, program=("main.py",), **env):
     """A real process of main.py; its output goes to one pipe."""
     process = subprocess.Popen(
-        command(arg, workdir, *options), cwd=ROOT, env=environment(**env), text=True,
+        command(arg, workdir, *options, program=program), cwd=ROOT, env=environment(**env), text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     atexit.register(process.kill)  # a failed test must not leave it running
@@ -141,7 +141,7 @@ def main(arg, workdir, *options, **env):
 
 
 def steps(workdir):
-    folder = pathlib.Path(workdir) / "checkpoints"
+    folder = epath.Path(workdir) / "checkpoints"
     names = [p.name for p in folder.iterdir()] if folder.exists() else []
     return sorted(int(n) for n in names if n.isdigit())
 

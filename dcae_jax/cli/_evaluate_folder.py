@@ -11,6 +11,8 @@ from dcae_jax.cli._sample_job import short
 from dcae_jax.cli._trained import say
 
 if TYPE_CHECKING:
+    from etils import epath
+
     from dcae_jax.cli._evaluate_job import Job
     from dcae_jax.evals.parts import Work
     from dcae_jax.evals.scores import Evaluation
@@ -53,6 +55,11 @@ def settings(job: "Job") -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _names(folder: "epath.Path") -> set[str]:
+    """What is in a folder; an object store has none that is empty."""
+    return {p.name for p in folder.iterdir()} if folder.is_dir() else set()
+
+
 def check(job: "Job") -> None:
     """UserError if the folder is of another evaluation, else its record; on the first process."""
     from dcae_jax import outputs
@@ -65,7 +72,7 @@ def check(job: "Job") -> None:
     decide = ("part", "results")
     started = parts.any_there(job.out) or (job.out / protocol.FILE).exists()
     if not (isinstance(old, dict) and old.keys() >= {*decide}):
-        inside = {p.name for p in job.out.iterdir()} - {_RECORD, "samples"}
+        inside = _names(job.out) - {_RECORD, "samples"}
         if inside:
             raise UserError(
                 f"--out {job.out} is not empty and has no whole {_RECORD}; give a new folder"
@@ -169,7 +176,7 @@ def remove(job: "Job") -> None:
 
     parts.remove(job.out)
     (job.out / _RECORD).unlink()
-    if not any(job.out.iterdir()):
+    if job.out.is_dir() and not _names(job.out):
         job.out.rmdir()
 
 

@@ -502,14 +502,19 @@ def held_out_split(path: str) -> str:
     there are no splits.
     """
     root = epath.Path(path).expanduser()
-    present = {p.name for p in root.iterdir() if p.is_dir()} if root.is_dir() else set()
+    present = _folders(root) if root.is_dir() else set()
     held_out = (split for split in ("validation", "test") if present & {*_SPLIT_FOLDERS[split]})
     return next(held_out, "train")
 
 
+def _folders(root: epath.Path) -> set[str]:
+    """Names of subfolders; images are passed over by name, each question to a store takes time."""
+    return {p.name for p in root.iterdir() if p.suffix.lower() not in IMAGE_SUFFIXES and p.is_dir()}
+
+
 def _split_folder(root: epath.Path, split: str, holdout: float) -> epath.Path:
     """The subfolder of a split, or the root itself where there are no split folders."""
-    present = {p.name for p in root.iterdir() if p.is_dir()}
+    present = _folders(root)
     for name in (split, *_SPLIT_FOLDERS.get(split, ())):
         if name in present:
             return root / name
