@@ -4,9 +4,11 @@ import contextlib
 import datetime
 import fcntl
 import functools
+import hashlib
 import importlib.metadata
 import json
 import os
+import pathlib
 import re
 import socket
 import subprocess
@@ -49,6 +51,15 @@ def versions() -> dict[str, str]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     return found
+
+
+@functools.cache
+def source_digest() -> str:
+    """Of all Python files of this package: equal where the code is."""
+    root, found = pathlib.Path(__file__).parent, hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        found.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
+    return found.hexdigest()[:12]
 
 
 @functools.cache
