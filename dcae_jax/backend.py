@@ -45,6 +45,8 @@ def start(
     distributed.initialize(lambda: _facts(cfg, mode, workdir), MENDS)
     _compare_devices(expect_devices)
     if jax.process_count() > 1:
+        if workdir is not None and mode == "train":
+            _compare_workdir(checkpoint.absolute(workdir))
         _say(cfg)
     config_lib.validate(cfg, jax.device_count())
     compile_cache(cfg.compile_cache)
@@ -82,13 +84,28 @@ def _compare_devices(expected: int | None) -> None:
     distributed.compare({"devices": f"{len(mine)} x {mine[0].device_kind}"}, MENDS)
 
 
+def _compare_workdir(workdir: epath.Path) -> None:
+    """All processes see what the first one writes there, also where there is no checkpoint yet."""
+    mark = workdir / f"meeting-{distributed.token()}"  # a name that no host has asked for before
+    if distributed.is_main():
+        provenance.make_folder(workdir)
+        mark.write_text("the processes of a run compare their workdir; can be removed")
+    distributed.compare({"marked": True}, {})
+    try:
+        distributed.compare({"sees the workdir of process 0": mark.exists()}, MENDS)
+    finally:
+        if distributed.is_main():
+            mark.unlink(missing_ok=True)
+
+
 def _say(cfg: RunConfig) -> None:
     """Each process in its own output: who it is and what it is about to run."""
     whole = json.dumps(config_lib.to_json(cfg), sort_keys=True)
+    digest = hashlib.sha256(whole.encode()).hexdigest()[:8]
     print(
         f"process {jax.process_index()} of {jax.process_count()}: pid {os.getpid()} on "
         f"{socket.gethostname()}, {jax.local_device_count()} of {jax.device_count()} devices "
-        f"({jax.devices()[0].device_kind}), config {hashlib.sha256(whole.encode()).hexdigest()[:8]}",
+        f"({jax.devices()[0].device_kind}), config {digest}",
         flush=True,
     )
 

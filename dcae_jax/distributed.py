@@ -17,6 +17,7 @@ from dcae_jax.errors import UserError
 from dcae_jax.rendezvous import Place
 
 EXIT_PREEMPTED = 42  # "saved, start me again": the launchers restart on it
+JOIN_SECONDS = 60  # once all have met
 HEARTBEAT_SECONDS = 30  # jax's default of 100 lets a run hang too long on a dead process
 
 
@@ -53,7 +54,8 @@ def initialize(
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(
         place.address, place.count, place.index, local_device_ids=devices,
-        heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+        cluster_detection_method="deactivate",  # all is known
+        initialization_timeout=JOIN_SECONDS, heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
     )  # fmt: skip
 
 
@@ -99,15 +101,25 @@ def _from_cluster() -> tuple[Place | None, Sequence[int] | None]:
     """
     from jax._src import clusters
 
-    limit = int(rendezvous.seconds())
     address, count, index, devices = (
         clusters.ClusterEnv.auto_detect_unset_distributed_params(
-            None, None, None, None, None, limit
+            None, None, None, None, None, int(rendezvous.seconds())
         )
     )  # fmt: skip
     if address is None or count is None or index is None or count == 1:
         return None, None
-    return Place(address, count, index), devices
+    return Place(address, count, index), None if _sees_its_own_alone() else devices
+
+
+def _sees_its_own_alone() -> bool:
+    """Whether all devices that this task of Slurm sees are its own.
+
+    jax gives task i of a node the device i, which is wrong for one task a node, and where Slurm
+    shows each task one device (--gpus-per-task=1).
+    """
+    env = os.environ
+    one_a_node = env.get("SLURM_NTASKS", "") == env.get("SLURM_STEP_NUM_NODES", "-")
+    return one_a_node or len(env.get("CUDA_VISIBLE_DEVICES", ",").split(",")) == 1
 
 
 def compare(facts: rendezvous.Facts, mends: Mapping[str, str]) -> None:

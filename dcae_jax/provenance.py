@@ -208,7 +208,7 @@ def lock(workdir: epath.Path) -> Iterator[None]:
     if not distributed.is_main():
         yield
         return
-    _make(workdir)
+    make_folder(workdir)
     if "://" in os.fspath(workdir):
         yield
         return
@@ -224,7 +224,8 @@ def lock(workdir: epath.Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _make(workdir: epath.Path) -> None:
+def make_folder(workdir: epath.Path) -> None:
+    """The folder of a run; UserError if it cannot be made."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as e:

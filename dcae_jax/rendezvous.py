@@ -256,6 +256,7 @@ class Meeting:
         self.place, self.cards = place, cards
         self.token = token  # the same on all processes, new at each start
         self.over = False  # each leaves by itself
+        self._leaving = False
         self._lines, self._ended = lines, set[int]()
         self._rounds: dict[int, dict[int, Any]] = {}  # what was said in each, by process
         self._round, self._news = 0, threading.Condition()
@@ -299,10 +300,10 @@ class Meeting:
 
     def stop(self, code: int, why: str) -> NoReturn:
         """Leaves at once with this exit code; the others leave with it, too, and say why."""
+        self._leaving = True
         text = f"{self.cards[self.place.index]} of {self.place.count} failed: {why}"
         _tell(self._lines.values(), stop=code, why=text)
-        _flush()
-        os._exit(code)
+        self._exit(code)
 
     def _end(self) -> None:
         """From now on nobody minds that this process leaves, nor it that others do."""
@@ -325,11 +326,12 @@ class Meeting:
                             self._hear(index, message)
                     except (OSError, EOFError, ValueError):
                         waiting.unregister(line.socket)
-                        if index not in self._ended:
+                        if not (self._leaving or index in self._ended):
                             self._lost(index)
 
     def _hear(self, index: int, message: dict[str, Any]) -> None:
-        if "stop" in message:
+        if "stop" in message and not self._leaving:
+            time.sleep(0.5)  # if it is everyone's mistake, this process says so itself
             self._leave(message["stop"], message["why"], but=index)
         if "end" in message:
             self._ended.add(index)
@@ -352,7 +354,22 @@ class Meeting:
             _tell([line for i, line in self._lines.items() if i != but], stop=code, why=why)
         # Not print(): the main thread may be in one, and wait for a reader.
         os.write(2, f"error: {why}\n".encode())
+        self._exit(code)
+
+    def _exit(self, code: int) -> NoReturn:
+        """Process 0 is the last: jax aborts the others as soon as it is gone."""
+        self._leaving = True
         _flush()
+        end = time.monotonic() + 3
+        while self._lines and not self.place.index and time.monotonic() < end:
+            index, line = next(iter(self._lines.items()))
+            try:
+                line.socket.settimeout(max(end - time.monotonic(), 0.001))
+                gone = not line.socket.recv(1 << 16)
+            except OSError:
+                gone = True
+            if gone:
+                del self._lines[index]
         os._exit(code)
 
     def _send(self, index: int, **message: Any) -> None:
