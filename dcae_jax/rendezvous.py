@@ -330,9 +330,10 @@ class Meeting:
                             self._lost(index)
 
     def _hear(self, index: int, message: dict[str, Any]) -> None:
-        if "stop" in message and not self._leaving:
+        if "stop" in message:
             time.sleep(0.5)  # if it is everyone's mistake, this process says so itself
-            self._leave(message["stop"], message["why"], but=index)
+            if not self._leaving:
+                self._leave(message["stop"], message["why"], but=index)
         if "end" in message:
             self._ended.add(index)
         if "round" in message:
