@@ -5,6 +5,7 @@ import json
 import os
 import socket
 from collections import Counter
+from collections.abc import Sequence
 
 import jax
 from etils import epath
@@ -22,6 +23,7 @@ _SHARED = (
 MENDS = {
     "config": "Give every process the same command line and the same files.",
     "mode": "Give every process the same command line.",
+    "arguments": "Give every process the same command line.",
     "version": "Install the same packages on all hosts (constraints-*.txt).",
     "source": "Copy the same dcae_jax to all hosts.",
     "start step": _SHARED,
@@ -52,13 +54,19 @@ def start(
     compile_cache(cfg.compile_cache)
 
 
+def join(arguments: Sequence[str]) -> None:
+    """Joins the processes of a command; all were given the same arguments."""
+    distributed.initialize(
+        lambda: {"arguments": list(arguments), **provenance.software()}, MENDS
+    )  # fmt: skip
+
+
 def _facts(cfg: RunConfig, mode: str, workdir: str | None) -> dict[str, JSONValue]:
     """What must be the same on all processes of a run, as far as it is known before they join."""
     return {
         "mode": mode,
         "start step": _start_step(workdir),
-        **{f"version of {name}": text for name, text in provenance.versions().items()},
-        "source of dcae_jax": provenance.source_digest(),
+        **provenance.software(),
         **{f"config.{path}": value for path, value in config_lib.flatten(cfg).items()},
     }
 

@@ -53,9 +53,14 @@ def versions() -> dict[str, str]:
     return found
 
 
+def software() -> dict[str, JSONValue]:
+    """What all processes of a run must have alike: versions, and the files of this package."""
+    found = {f"version of {name}": text for name, text in versions().items()}
+    return found | {"source of dcae_jax": _source_digest()}
+
+
 @functools.cache
-def source_digest() -> str:
-    """Of all Python files of this package: equal where the code is."""
+def _source_digest() -> str:
     root, found = pathlib.Path(__file__).parent, hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
         found.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())

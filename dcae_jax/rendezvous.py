@@ -7,10 +7,13 @@ keep the connection until the end: the kernel closes it when its process dies, h
 """
 
 import atexit
+import ctypes
+import faulthandler
 import json
 import os
 import secrets
 import selectors
+import signal
 import socket
 import sys
 import threading
@@ -150,7 +153,7 @@ def _listen(port: int) -> socket.socket:
     """
     both = socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if both else socket.AF_INET
-    for left in range(20, -1, -1):  # a process of the last start may still be on its way out
+    for left in range(10, -1, -1):  # a process of the last start may still be on its way out
         try:
             return socket.create_server(("", port), family=family, dualstack_ipv6=both, backlog=512)
         except OSError as e:
@@ -261,6 +264,7 @@ class Meeting:
         self._rounds: dict[int, dict[int, Any]] = {}  # what was said in each, by process
         self._round, self._news = 0, threading.Condition()
         atexit.register(self._end)
+        _abort_late()
         threading.Thread(target=self._watch, daemon=True, name="meeting").start()
 
     # -------------------------------------------------------------------------------- comparing
@@ -378,6 +382,27 @@ class Meeting:
             self._lines[index].send(**message)
         except OSError:
             return  # the thread has seen it, too, and ends this process
+
+
+def _abort_late() -> None:
+    """Lets an abort wait until it is told who is gone.
+
+    When process 0 dies, jax's client aborts this process in the same moment, from a thread of its
+    own.  The thread of the meeting needs Python's lock to say why and to leave with EXIT_GONE; the
+    main thread may hold that for a while, in a compiler for example.
+    """
+
+    def on_abort(number: int) -> None:
+        time.sleep(3)
+        faulthandler.dump_traceback()
+        libc.signal(number, signal.SIG_DFL)
+
+    libc = ctypes.CDLL(None)
+    _kept.append(ctypes.CFUNCTYPE(None, ctypes.c_int)(on_abort))
+    libc.signal(signal.SIGABRT, _kept[-1])
+
+
+_kept: list[Any] = []  # what C code points to
 
 
 def _flush() -> None:

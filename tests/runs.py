@@ -107,7 +107,9 @@ def environment(**more):
 
 
 def command(arg, workdir, *options):
-    found = [sys.executable, "main.py", f"--config={CONFIG}:{arg}"]
+    """`arg`: of the tiny run, or FILE:ARG of another config."""
+    config_file = arg if ":" in arg else f"{CONFIG}:{arg}"
+    found = [sys.executable, "main.py", f"--config={config_file}"]
     return [*found, *([f"--workdir={workdir}"] if workdir else []), *options]
 
 

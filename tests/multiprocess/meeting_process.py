@@ -1,6 +1,8 @@
 """One process of a meeting, without jax: compares facts, prints "met", then does what it is told.
 
-python meeting_process.py ADDRESS COUNT INDEX FACTS then: end, wait (to be killed), fail
+python meeting_process.py ADDRESS COUNT INDEX FACTS ACTION
+
+ACTION: end, wait (to be killed), fail, round (compare once more)
 """
 
 import json
@@ -12,6 +14,7 @@ from dcae_jax.errors import UserError
 
 
 def main(address: str, count: str, index: str, facts: str, action: str) -> int:
+    meeting = None
     try:
         meeting = rendezvous.meet(rendezvous.Place(address, int(count), int(index)))
         meeting.compare(json.loads(facts), {"version": "Install the same packages."})
@@ -26,7 +29,9 @@ def main(address: str, count: str, index: str, facts: str, action: str) -> int:
         print(f"error: {e}")
         return 2
     except rendezvous.Gone as e:
-        print(f"error: {e}")
+        print(f"error: {e}", flush=True)
+        if meeting:
+            meeting.stop(rendezvous.EXIT_GONE, str(e))
         return rendezvous.EXIT_GONE
     return 0
 
