@@ -1,7 +1,8 @@
 """Trains or evaluates what a config describes:  python main.py --config=FILE:ARG --workdir=DIR
 
 Running the same command again resumes.  Every field of the config can be overridden, e.g.
---config.optim.lr=2e-4.  Exit codes: 0 done, 1 failed, 2 wrong usage, 42 preempted and saved.
+--config.optim.lr=2e-4.  Exit codes: 0 done, 1 failed, 2 wrong usage, 42 preempted and saved, 43 a
+process of the run never came or is gone.
 """
 
 import signal
@@ -16,12 +17,16 @@ from absl import app, flags, logging  # noqa: E402
 from dcae_jax import config as config_lib  # noqa: E402
 from dcae_jax import flags as config_flag  # noqa: E402
 from dcae_jax.errors import UserError  # noqa: E402
+from dcae_jax.rendezvous import EXIT_GONE, Gone  # noqa: E402
 
 _CONFIG = config_flag.define_config()
 flags.declare_key_flag("config")  # it stands in --help
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run; may be gs://")
 _MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "train, or evaluate what is there")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "print config, shapes, parameters and cost; exit")
+_EXPECT_DEVICES = flags.DEFINE_integer(
+    "expect_devices", None, "stop unless the run has so many devices in all", lower_bound=1
+)
 _FORCE = flags.DEFINE_bool("force", False, "resume although the config is that of another run")
 
 
@@ -36,10 +41,14 @@ def main(_: list[str]) -> int:
         return _run(preemption)
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
-        return distributed.leave(2)
-    except Exception:
+        return distributed.leave(2, str(e))
+    except Gone as e:
+        print(f"error: {e}", file=sys.stderr)
+        return distributed.leave(EXIT_GONE, str(e))
+    except Exception as e:
+        distributed.settle()
         traceback.print_exc()
-        return distributed.leave(1)
+        return distributed.leave(1, f"{type(e).__name__}: {e}")
 
 
 def _run(preemption: "distributed.Preemption") -> int:
@@ -52,7 +61,7 @@ def _run(preemption: "distributed.Preemption") -> int:
     config_lib.validate(cfg)
     if not (_DRY_RUN.value or _WORKDIR.value):
         raise UserError("no --workdir; give the folder of the run, e.g. --workdir=runs/demo")
-    backend.start(cfg)
+    backend.start(cfg, _WORKDIR.value, _MODE.value, _EXPECT_DEVICES.value)
     preemption.hand_over()
     if _DRY_RUN.value:
         from dcae_jax import inspect

@@ -8,6 +8,7 @@ import sys
 
 from dcae_jax import store
 from dcae_jax.errors import UserError
+from dcae_jax.rendezvous import EXIT_GONE, Gone
 
 
 def commands() -> dict[str, str]:
@@ -52,6 +53,9 @@ def _run(argv: list[str]) -> int:
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
+    except Gone as e:  # before the processes have joined: nobody waits for this one
+        print(f"error: {e}", file=sys.stderr)
+        return EXIT_GONE
 
 
 if __name__ == "__main__":

@@ -2,19 +2,22 @@
 
 import os
 import signal
-import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
 import numpy as np
-from absl import logging
 from jax.experimental import multihost_utils
 from jaxtyping import UInt64
 
+from dcae_jax import rendezvous
 from dcae_jax.errors import UserError
+from dcae_jax.rendezvous import Place
 
 EXIT_PREEMPTED = 42  # "saved, start me again": the launchers restart on it
+JOIN_SECONDS = 60  # once all have met
 HEARTBEAT_SECONDS = 30  # jax's default of 100 lets a run hang too long on a dead process
 
 
@@ -22,27 +25,54 @@ class Preempted(Exception):
     """SIGTERM arrived; all processes leave their work at the same point and save."""
 
 
-def initialize() -> None:
+_meeting: rendezvous.Meeting | None = None  # of the processes of this run, if it has several
+
+
+def initialize(
+    facts: Callable[[], rendezvous.Facts] = dict, mends: Mapping[str, str] = MappingProxyType({})
+) -> None:
     """Joins the processes of a run, before any other use of jax.
 
     Three ways, first match: the environment variables JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES
     and JAX_PROCESS_ID; a Slurm job step of several tasks; a TPU pod.  Otherwise one process.
+
+    Several processes meet before jax joins them, and compare their `facts` (see
+    `rendezvous.Meeting.compare`).
     """
+    global _meeting
+    place, devices = _from_environment(), None
+    if place is None and _in_cluster():
+        place, devices = _from_cluster()
+    if place is None:
+        return
+    if place.count > 1:
+        _meeting = rendezvous.meet(place)
+        _meeting.compare(facts(), mends)
+        if place.index:
+            rendezvous.wait_for_service(place)
+    if jax.config.jax_platforms == "cpu":
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(
+        place.address, place.count, place.index, local_device_ids=devices,
+        cluster_detection_method="deactivate",  # all is known
+        initialization_timeout=JOIN_SECONDS, heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+    )  # fmt: skip
+
+
+def _from_environment() -> Place | None:
+    """What JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID say."""
     env = os.environ
     names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
     given = [n for n in names if n in env]
-    if given and len(given) < 3:
+    if not given:
+        return None
+    if len(given) < 3:
         missing = ", ".join(n for n in names if n not in env)
         raise UserError(f"{given[0]} is set but not {missing}; set all three or none")
-    if given:
-        count, index = _integer(names[1]), _integer(names[2])
-        if not 0 <= index < count:
-            raise UserError(f"JAX_PROCESS_ID = {index} is not in 0..{count - 1}")
-        _join(coordinator_address=env[names[0]], num_processes=count, process_id=index)
-    elif int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in env:
-        _join()
-    elif len(env.get("TPU_WORKER_HOSTNAMES", "").split(",")) > 1 or "MEGASCALE_NUM_SLICES" in env:
-        _join()
+    count, index = _integer(names[1]), _integer(names[2])
+    if not 0 <= index < count:
+        raise UserError(f"JAX_PROCESS_ID = {index} is not in 0..{count - 1}")
+    return Place(env[names[0]], count, index)
 
 
 def _integer(name: str) -> int:
@@ -52,11 +82,62 @@ def _integer(name: str) -> int:
         raise UserError(f"{name} = {os.environ[name]!r} is not a whole number") from e
 
 
-def _join(**kwargs: Any) -> None:
-    if jax.config.jax_platforms == "cpu":
-        jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS, **kwargs)
-    logging.info("process %d of %d", jax.process_index(), jax.process_count())
+def _in_cluster() -> bool:
+    """Whether this is a Slurm job step of several tasks, or on a machine with TPUs."""
+    from jax._src import cloud_tpu_init
+
+    env = os.environ
+    if int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in env:
+        return True
+    pod = len(env.get("TPU_WORKER_HOSTNAMES", "").split(",")) > 1 or "MEGASCALE_NUM_SLICES" in env
+    return pod or (cloud_tpu_init.running_in_cloud_tpu_vm and jax.config.jax_platforms != "cpu")
+
+
+def _from_cluster() -> tuple[Place | None, Sequence[int] | None]:
+    """What jax finds out about Slurm and TPU pods, and which devices are this process's.
+
+    By jax's own detection, which it has no public name for: the meeting must be at the very
+    address that it would take.
+    """
+    from jax._src import clusters
+
+    address, count, index, devices = (
+        clusters.ClusterEnv.auto_detect_unset_distributed_params(
+            None, None, None, None, None, int(rendezvous.seconds())
+        )
+    )  # fmt: skip
+    if address is None or count is None or index is None or count == 1:
+        return None, None
+    return Place(address, count, index), None if _sees_its_own_alone() else devices
+
+
+def _sees_its_own_alone() -> bool:
+    """Whether all devices that this task of Slurm sees are its own.
+
+    jax gives task i of a node the device i, which is wrong for one task a node, and where Slurm
+    shows each task one device (--gpus-per-task=1).
+    """
+    env = os.environ
+    one_a_node = env.get("SLURM_NTASKS", "") == env.get("SLURM_STEP_NUM_NODES", "-")
+    return one_a_node or len(env.get("CUDA_VISIBLE_DEVICES", ",").split(",")) == 1
+
+
+def compare(facts: rendezvous.Facts, mends: Mapping[str, str]) -> None:
+    """Raises on all processes where the facts of one differ; see `rendezvous.Meeting.compare`."""
+    if _meeting is not None:
+        _meeting.compare(facts, mends)
+
+
+def token() -> str:
+    """The same on all processes of a run and new at each start; "" for a single process."""
+    return _meeting.token if _meeting else ""
+
+
+def names() -> dict[int, str]:
+    """The processes of this run with their host, by number."""
+    if _meeting is None:
+        return {0: "this process"}
+    return {i: f"process {i} ({card.host})" for i, card in _meeting.cards.items()}
 
 
 def is_main() -> bool:
@@ -93,17 +174,24 @@ def from_main(value: float) -> float:
     return float(total(bits if is_main() else 0 * bits).view(np.float64)[0])
 
 
-def leave(code: int) -> int:
+def leave(code: int, why: str) -> int:
     """The way out after a failure: `code`, or no return at all where other processes wait for us.
 
     A process that fails alone must not wait at jax's shutdown barrier: the others hang in a
-    collective until it is gone.
+    collective until it is gone.  They are told `why`, and leave with the same code.
     """
-    if jax.distributed.is_initialized() and jax.process_count() > 1:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    if _meeting is not None and not _meeting.over:
+        _meeting.stop(code, why)
     return code
+
+
+def settle() -> None:
+    """Before an unexpected error is told: if another process is gone, that is its reason.
+
+    Collectives fail a moment before the death behind it is known; then this does not return.
+    """
+    if _meeting is not None:
+        time.sleep(2)
 
 
 class Preemption:

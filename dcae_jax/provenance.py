@@ -4,9 +4,11 @@ import contextlib
 import datetime
 import fcntl
 import functools
+import hashlib
 import importlib.metadata
 import json
 import os
+import pathlib
 import re
 import shlex
 import socket
@@ -50,6 +52,20 @@ def versions() -> dict[str, str]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     return found
+
+
+def software() -> dict[str, JSONValue]:
+    """What all processes of a run must have alike: versions, and the files of this package."""
+    found = {f"version of {name}": text for name, text in versions().items()}
+    return found | {"source of dcae_jax": _source_digest()}
+
+
+@functools.cache
+def _source_digest() -> str:
+    root, found = pathlib.Path(__file__).parent, hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        found.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
+    return found.hexdigest()[:12]
 
 
 @functools.cache
@@ -205,7 +221,7 @@ def lock(workdir: epath.Path) -> Iterator[None]:
     if not distributed.is_main():
         yield
         return
-    _make(workdir)
+    make_folder(workdir)
     if "://" in os.fspath(workdir):
         yield
         return
@@ -221,7 +237,8 @@ def lock(workdir: epath.Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _make(workdir: epath.Path) -> None:
+def make_folder(workdir: epath.Path) -> None:
+    """The folder of a run; UserError if it cannot be made."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as e:

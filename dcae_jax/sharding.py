@@ -49,26 +49,63 @@ def replicated_heights(heights: dict[str, int], spatial: int) -> list[str]:
 
 
 def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh over `devices` (all of all processes); `data` outside, `fsdp` and `spatial` inside.
-
-    Over several slices (or nodes without a common fast network) only `data` crosses the boundary.
-    """
+    """The mesh over `devices` (all of all processes); see `device_grid` for their order."""
     devices = list(devices or jax.devices())
     inner = cfg.fsdp * cfg.spatial
     shape = (cfg.data if cfg.data != -1 else len(devices) // inner, cfg.fsdp, cfg.spatial)
-    slices = len({d.slice_index for d in devices if hasattr(d, "slice_index")})
-    if slices > 1:
-        if shape[0] % slices:
-            raise UserError(
-                f"mesh.data = {shape[0]} is not divisible by the {slices} slices: only the data "
-                "axis may cross slices; make fsdp x spatial smaller"
-            )
-        grid = mesh_utils.create_hybrid_device_mesh(
-            (shape[0] // slices, *shape[1:]), (slices, 1, 1), devices
-        )
-    else:
-        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    grid = device_grid(shape, devices)
     return Mesh(grid, ("data", "fsdp", "spatial"), axis_types=(AxisType.Auto,) * 3)
+
+
+def device_grid(shape: tuple[int, int, int], devices: Sequence[Any]) -> np.ndarray:
+    """Devices as an array (data, fsdp, spatial): `data` is the slow axis between slices and nodes.
+
+    A slice of TPUs, or a node of GPUs, is what jax calls a slice: a fast network inside, a slower
+    one between.  `fsdp` and `spatial` stay inside where they fit.  Larger ones may cross nodes of
+    GPUs, whole nodes at a time, but never slices of TPUs.
+    """
+    slices: dict[int, list[Any]] = {}
+    for device in devices:
+        index = device.slice_index if hasattr(device, "slice_index") else 0
+        slices.setdefault(index, []).append(device)
+    parts = [slices[i] for i in sorted(slices)]
+    sizes, inner = {len(part) for part in parts}, shape[1] * shape[2]
+    if len(sizes) > 1:
+        raise UserError(
+            f"slices (or nodes) of {sorted(sizes)} devices: all must have equally many; leave out "
+            "the smaller ones, or mend what is missing there"
+        )
+    (size,) = sizes
+    if size % inner == 0:
+        each = (size // inner, *shape[1:])
+        return np.concatenate([_arrange(each, part) for part in parts])
+    if devices[0].platform == "tpu" or inner % size:
+        raise UserError(
+            f"mesh.fsdp x mesh.spatial = {inner} does not fit into the {size} devices of a slice "
+            "(or node), and only the data axis may cross them; make it a divisor of that number"
+            + ("" if devices[0].platform == "tpu" else ", or a multiple: whole nodes")
+        )
+    return _in_order([device for part in parts for device in _in_order(part)]).reshape(shape)
+
+
+def _arrange(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
+    """Devices of one slice: as their network suggests, unless that tears batches apart.
+
+    On a torus that order may interleave the devices of two processes, and a process loads one run
+    of rows of each batch.  In the order of processes they lie together, and neighbours on it too.
+    """
+    grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    processes = {d.process_index for d in devices}
+    if all(_rows_of(grid, p) is not None for p in processes):
+        return grid
+    return _in_order(devices).reshape(shape)
+
+
+def _in_order(devices: Sequence[Any]) -> np.ndarray:
+    """By process, then by number: a one-dimensional array."""
+    grid = np.empty(len(devices), object)
+    grid[:] = sorted(devices, key=lambda d: (d.process_index, d.id))
+    return grid
 
 
 # ------------------------------------------------------------------------------------------- state
@@ -137,16 +174,23 @@ def row_shard(mesh: Mesh) -> tuple[int, int]:
 
     Processes that share rows through `spatial` get the same shard and load the same rows.
     """
-    rows = mesh.devices.reshape(-1, mesh.shape["spatial"])
-    me = jax.process_index()
-    mine = [i for i, row in enumerate(rows) if any(d.process_index == me for d in row)]
-    size = mine[-1] - mine[0] + 1
-    if len(mine) != size or len(rows) % size or mine[0] % size:
+    found = _rows_of(mesh.devices, jax.process_index())
+    if found is None:
         raise UserError(
-            f"the devices of process {me} hold the batch shards {mine}, which are not one aligned "
-            "block; choose fsdp x spatial so that it divides, or is divided by, the devices of a "
+            f"the devices of process {jax.process_index()} do not hold one aligned block of the "
+            "batch; choose fsdp x spatial so that it divides, or is divided by, the devices of a "
             "process"
         )
+    return found
+
+
+def _rows_of(grid: np.ndarray, process: int) -> tuple[int, int] | None:
+    """(index, count) of the part of a batch that a process holds; None if it is not one block."""
+    rows = grid.reshape(-1, grid.shape[-1])
+    mine = [i for i, row in enumerate(rows) if any(d.process_index == process for d in row)]
+    size = mine[-1] - mine[0] + 1
+    if len(mine) != size or len(rows) % size or mine[0] % size:
+        return None
     return mine[0] // size, len(rows) // size
 
 

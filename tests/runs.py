@@ -107,7 +107,9 @@ def environment(*, devices=1, **more):
 
 
 def command(arg, workdir, *options, program=("main.py",)):
-    found = [sys.executable, *program, f"--config={CONFIG}:{arg}"]
+    """`arg`: of the tiny run, or FILE:ARG of another config."""
+    config_file = arg if ":" in arg else f"{CONFIG}:{arg}"
+    found = [sys.executable, *program, f"--config={config_file}"]
     return [*found, *([f"--workdir={workdir}"] if workdir else []), *options]
 
 

@@ -150,8 +150,10 @@ def in_all_processes(work: "Callable[[], None]") -> int:
         if jax.process_count() == 1:
             raise
         told = isinstance(error, UserError)  # the other processes wait for this one: leave at once
+        if not told:
+            distributed.settle()
         print(f"error: {error}" if told else traceback.format_exc(), file=sys.stderr)
-        return distributed.leave(2 if told else 1)
+        return distributed.leave(2 if told else 1, str(error) or type(error).__name__)
     return 0
 
 

@@ -33,7 +33,7 @@ def main(
     logging.set_verbosity(logging.WARNING)
     preemption = distributed.Preemption()
     preemption.install(early)
-    distributed.initialize()
+    backend.join(argv)
     backend.compile_cache(RunConfig().compile_cache)
     preemption.hand_over()
     try:

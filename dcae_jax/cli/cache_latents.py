@@ -65,9 +65,9 @@ def main(argv: list[str]) -> int:
     """Entry point of `python -m dcae_jax cache-latents`."""
     args, overrides = _parser().parse_known_args(argv)
     _options.refuse_unknown(overrides)
-    from dcae_jax import distributed
+    from dcae_jax import backend
 
-    distributed.initialize()
+    backend.join(argv)
 
     def work() -> None:
         with contextlib.nullcontext() if overrides else _options.own_options():

@@ -57,9 +57,9 @@ def main(argv: list[str]) -> int:
     """Entry point of `python -m dcae_jax evaluate`."""
     args, overrides = _parser().parse_known_args(argv)
     _options.refuse_unknown(overrides)
-    from dcae_jax import backend, distributed
+    from dcae_jax import backend
 
-    distributed.initialize()
+    backend.join(argv)
     backend.compile_cache("auto")
     return _options.in_all_processes(lambda: _run(args, overrides))
 

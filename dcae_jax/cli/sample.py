@@ -39,9 +39,9 @@ from dcae_jax.cli._sample_draw import A_DEVICE
 def main(argv: list[str]) -> int:
     """Entry point of `python -m dcae_jax sample`."""
     args = _parser().parse_args(argv)
-    from dcae_jax import backend, distributed
+    from dcae_jax import backend
 
-    distributed.initialize()
+    backend.join(argv)
     backend.compile_cache("auto")
     return _options.in_all_processes(
         lambda: _sample_draw.fill(args, _sample_job.job_of(args), args.npz)
