@@ -10,13 +10,11 @@
 Each file has one writer, and nothing is listed: a store whose listings lag behind serves as well.
 """
 
-import contextlib
 import dataclasses
 import enum
 import json
 import os
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,7 +26,7 @@ from dcae_jax.errors import UserError
 from dcae_jax.sweeps.processes import Process
 
 BEAT_SECONDS = 20.0  # between two signs of life in a file
-_SILENT_SECONDS = 3 * BEAT_SECONDS  # so long without one: gone
+SILENT_SECONDS = 3 * BEAT_SECONDS  # so long without one: gone
 
 
 class State(enum.Enum):
@@ -158,15 +156,6 @@ class Folder:
         """summary.json of a trial's workdir, which a run writes at its end."""
         return read_json(self.workdir(name) / "summary.json")
 
-    @contextlib.contextmanager
-    def claimed(self) -> Iterator[None]:
-        """Keeps a second scheduler out; UserError if there is one."""
-        if self.remote:
-            yield  # see `Claim`: a store has no locks
-            return
-        with outputs.locked(self.path, "--out"):
-            yield
-
 
 def read_kept(path: epath.Path) -> Kept | None:
     """A keeper's file."""
@@ -197,14 +186,18 @@ def write_json(path: epath.Path, value: JSONValue) -> None:
 
 
 class Silence:
-    """Tells that a counter in a file has stopped; by this machine's clock alone."""
+    """Tells whether a counter in a file still moves; by this machine's clock alone."""
 
     def __init__(self) -> None:
         self._beat: int | None = None
         self._since = time.monotonic()
 
+    def moved(self, beat: int) -> bool:
+        """Whether the counter differs from that of the last look; False at the first one."""
+        return self._beat is not None and beat != self._beat
+
     def gone(self, beat: int) -> bool:
-        """Whether the counter has not moved for so long that its writer must be gone."""
+        """A look: whether it has not moved for so long that its writer must be gone."""
         if beat != self._beat:
             self._beat, self._since = beat, time.monotonic()
-        return time.monotonic() - self._since > _SILENT_SECONDS
+        return time.monotonic() - self._since > SILENT_SECONDS
