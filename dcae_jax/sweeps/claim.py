@@ -15,6 +15,7 @@ from dcae_jax.sweeps.folder import Folder, Silence
 from dcae_jax.sweeps.processes import Process
 
 _NAME = "scheduler.json"
+_LOOK_SECONDS = 1.0  # between two looks at a scheduler of another machine
 
 
 @contextlib.contextmanager
@@ -25,27 +26,30 @@ def claimed(place: Folder) -> Iterator[None]:
             yield
         return
     # Two that start within a second may both come in: a store has no locks.
+    path, ended = place.path / _NAME, threading.Event()
     _refuse_living(place.path)
-    ended = threading.Event()
-    beating = threading.Thread(target=_beat, args=(place.path / _NAME, ended), daemon=True)
+    _sign(path, 0, False)
+    beating = threading.Thread(target=_beat, args=(path, ended), daemon=True)
     beating.start()
     try:
         yield
     finally:
         ended.set()
         beating.join()
+        _sign(path, -1, True)
 
 
 def _beat(path: epath.Path, ended: threading.Event) -> None:
-    """Rewrites the file with a counter until the end, which it tells as well."""
-    me, beat = processes.of(os.getpid()).record(), 0
-    while True:
-        last = ended.is_set()
-        folder.write_json(path, {"process": me, "beat": beat, "ended": last})
-        if last:
-            return
+    """Rewrites the file with a counter until the end."""
+    beat = 0
+    while not ended.wait(folder.BEAT_SECONDS):
         beat += 1
-        ended.wait(folder.BEAT_SECONDS)
+        _sign(path, beat, False)
+
+
+def _sign(path: epath.Path, beat: int, ended: bool) -> None:
+    me = processes.of(os.getpid()).record()
+    folder.write_json(path, {"process": me, "beat": beat, "ended": ended})
 
 
 def _refuse_living(path: epath.Path) -> None:
@@ -66,4 +70,4 @@ def _refuse_living(path: epath.Path) -> None:
         if not told:
             print(f"looking whether the sweep's process on {other.host} still lives", flush=True)
             told = True
-        time.sleep(1.0)
+        time.sleep(_LOOK_SECONDS)

@@ -34,8 +34,9 @@ class Trial:
     overrides: Overrides
 
     def flags(self) -> list[str]:
-        """The overrides as flags of main.py."""
-        return [f"--config.{path}={flag_text(value)}" for path, value in self.overrides.items()]
+        """The overrides as flags of main.py.  None has no flag: the config's own value stays."""
+        given = {path: value for path, value in self.overrides.items() if value is not None}
+        return [f"--config.{path}={flag_text(value)}" for path, value in given.items()]
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,7 +198,7 @@ def short_keys(paths: Sequence[str]) -> dict[str, str]:
 
 def _value_name(value: JSONValue) -> str:
     if isinstance(value, float):
-        return f"{value:g}" if float(f"{value:g}") == value else repr(value)
+        return f"{value:.4g}"
     if isinstance(value, list):
         return "_".join(_value_name(v) for v in value)
     return str(value)
@@ -217,7 +218,7 @@ def _identity(overrides: Overrides) -> str:
 
 
 def _shown(overrides: Overrides) -> str:
-    return ", ".join(f"{k}={_value_name(v)}" for k, v in overrides.items()) or "no override"
+    return ", ".join(f"{k}={v}" for k, v in overrides.items()) or "no override"
 
 
 def flag_text(value: JSONValue) -> str:
@@ -268,6 +269,11 @@ def _checked(base: Base, trial: Trial) -> RunConfig:
     for path, value in trial.overrides.items():
         if path not in leaves:
             raise UserError(f"{path} is a part of the config, not a field; set the fields below it")
+        if value is None and leaves[path] is not None:
+            raise UserError(
+                f"{path} = None cannot be set by a flag; let get_config set None, and the trials "
+                "values"
+            )
         if not _same(leaves[path], value):
             raise UserError(
                 f"{path} = {value!r} would be read as {leaves[path]!r}; give a value of that kind"

@@ -89,8 +89,9 @@ def no_metric(known: Sequence[str]) -> UserError:
 def _which(known: Sequence[str], wanted: str, ends: Sequence[str]) -> str:
     if ends:
         return f"could be any of {', '.join(ends)}; give the whole name"
-    near = difflib.get_close_matches(wanted, known, 1)
-    hint = f"did you mean {near[0]}?" if near else _listed(known)
+    spelled = {name.rsplit("/", 1)[-1]: name for name in known} | {name: name for name in known}
+    near = difflib.get_close_matches(wanted, spelled, 1)
+    hint = f"did you mean {spelled[near[0]]}?" if near else _listed(known)
     return f"is no score of this config; {hint}"
 
 
@@ -205,13 +206,17 @@ def table(results: Sequence[Result], by: Metric | None) -> tuple[list[str], list
             "*" if result is best else "", record.name, record.state.value,
             str(_cell(last and last.exit_code)), str(_cell(last and last.pid)),
             str(len(record.starts)), progress.duration(seconds(record) or None), str(result.step),
-            *(str(_cell(record.overrides.get(k))) for k in keys),
+            *(_short(record.overrides.get(k)) for k in keys),
         ]  # fmt: skip
         if by:
             value = result.scores.get(by.name)
             row.append("" if value is None else f"{value:.6g}")
         rows.append(row)
     return head, rows
+
+
+def _short(value: JSONValue) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(_cell(value))
 
 
 def text(results: Sequence[Result], by: Metric | None) -> str:

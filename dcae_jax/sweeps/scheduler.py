@@ -26,11 +26,14 @@ _TRIES = 4  # starts in a row that end by a lost process or by signal 9
 _LONGEST_PAUSE = 300.0  # seconds
 _POLL_SECONDS = 0.2
 _STATUS_SECONDS = 60.0
-_LOOK_SECONDS = 10.0  # between two looks of a search at the metrics of running trials
+# Between two looks of a search at the metrics of running trials; on a disk, in a store.
+_LOOK_SECONDS, _LOOK_SECONDS_REMOTE = 2.0, 20.0
 
 
 class Search(Protocol):
     """What chooses trials as it goes (`search.py`)."""
+
+    count: int  # of trials in the end
 
     def ask(self) -> tuple[Trial, int, int] | None: ...  # with its number and its steps
     def stop_early(self, record: Record) -> bool: ...
@@ -93,7 +96,8 @@ class Scheduler:
                         break
                 elif not self._fill() and not self._running and not self._open():
                     break
-                self._look()
+                else:
+                    self._look()
                 self._report()
                 time.sleep(_POLL_SECONDS)
         return self._finish()
@@ -286,7 +290,8 @@ class Scheduler:
 
     def _look(self) -> None:
         """Lets the search end trials that are not worth their time."""
-        if self._search is None or time.monotonic() - self._looked < _LOOK_SECONDS:
+        pause = _LOOK_SECONDS_REMOTE if self._folder.remote else _LOOK_SECONDS
+        if self._search is None or time.monotonic() - self._looked < pause:
             return
         self._looked = time.monotonic()
         for running in self._running.values():
@@ -302,7 +307,8 @@ class Scheduler:
 
     def _say(self, text: str) -> None:
         states = [record.state for record in self.records.values()]
-        counts = [f"{sum(s.ended for s in states)}/{len(states)}"]
+        total = max(len(states), self._search.count if self._search else 0)
+        counts = [f"{sum(s.ended for s in states)}/{total}"]
         if failed := states.count(State.failed):
             counts.append(f"{failed} failed")
         print(f"[{', '.join(counts)}] {text}", flush=True)

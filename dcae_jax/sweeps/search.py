@@ -136,7 +136,7 @@ class Search:
         storage: str, prune: bool,
     ) -> None:  # fmt: skip
         self._base, self._folder, self._manifest, self._by = base, place, manifest, by
-        self._count = count  # of trials, those of earlier starts included
+        self.count = count  # of trials, those of earlier starts included
         package = self._optuna = optuna()
         way = "maximize" if by.better is Better.higher else "minimize"
         pruner = package.pruners.MedianPruner(n_startup_trials=_MIN_FOR_PRUNING)
@@ -166,7 +166,7 @@ class Search:
     def ask(self) -> tuple[Trial, int, int] | None:
         """The next trial with its number and its steps; None if there is none."""
         for _ in range(_IN_A_ROW):
-            if self.ended or len(self._manifest.trials) >= self._count:
+            if self.ended or len(self._manifest.trials) >= self.count:
                 return None
             asked = self._study.ask()
             overrides = suggested(self._base, asked)

@@ -142,9 +142,9 @@ def _dry_run(job: Job, trials: Sequence[Trial]) -> int:
         slot = i % job.options.slots
         workdir = f"--workdir={job.folder.workdir(trial.name)}"
         flags = [*job.base.flags(), *trial.flags(), workdir]
-        visible = f"CUDA_VISIBLE_DEVICES={','.join(job.backend.gpus[slot])} "
         command = shlex.join(job.backend.command(flags, slot, trial.name))
-        print(f"{visible if job.backend.gpus else ''}{command}")
+        gpus = job.backend.gpus[slot] if job.backend.gpus else ()
+        print(f"CUDA_VISIBLE_DEVICES={','.join(gpus)} {command}" if gpus else command)
     return 0
 
 

@@ -53,9 +53,22 @@ def sweep_seed():
         yield {"seed": seed}
 
 
+def sweep_exits():
+    """Good, preempted, without a process, failed, killed, killed for ever."""
+    for exits in ((), (42, 42), (43,), (1,), (-9,), (-9, -9, -9, -9), (-15,)):
+        yield {"task.exits": exits}
+
+
 def sweep_rate():
     yield {"optim.lr": 0.1}
 
 
 def sweep_nothing():
     yield from ()
+
+
+def search(trial):
+    """Its later trials are bad and slow, where the environment says so."""
+    bad = trial.number >= int(os.environ.get("FAKE_BAD_FROM", "1000"))
+    quality = trial.suggest_float("quality", 0.0, 4.0)
+    return {"task.quality": -quality if bad else quality, "task.seconds": 60.0 if bad else 0.0}

@@ -6,41 +6,48 @@ Each start leaves a line in WORKDIR/starts.txt: its process id, and how it ended
 import fcntl
 import json
 import os
-import pathlib
 import signal
 import sys
 import time
 
-from dcae_jax import config, flags
-from dcae_jax.report import writers
-
 told = []
-signal.signal(signal.SIGTERM, lambda number, frame: told.append(number))
+signal.signal(signal.SIGTERM, lambda number, frame: told.append(number))  # as early as main.py
+
+from etils import epath  # noqa: E402
+
+from dcae_jax import config, flags  # noqa: E402
+from dcae_jax.report import writers  # noqa: E402
 
 
 def main(argv):
-    workdir = pathlib.Path(next(a.partition("=")[2] for a in argv if a.startswith("--workdir=")))
+    workdir = epath.Path(next(a.partition("=")[2] for a in argv if a.startswith("--workdir=")))
     cfg = config.resolve(flags.parsed([a for a in argv if a.startswith("--config")]))
     config.validate(cfg)
     workdir.mkdir(parents=True, exist_ok=True)
+    if "://" in str(workdir):
+        return start(cfg, workdir)
     with open(workdir / "run.lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             print(f"error: {workdir} is in use")
             return 2
-        starts = workdir / "starts.txt"
-        number = len(starts.read_text().splitlines()) if starts.exists() else 0
-        with starts.open("a") as file:
-            gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "-")
-            file.write(f"{os.getpid()} {gpus} {(workdir / 'summary.json').exists()}\n")
-        return run(cfg, workdir, number)
+        return start(cfg, workdir)
+
+
+def start(cfg, workdir):
+    starts = workdir / "starts.txt"
+    before = starts.read_text() if starts.exists() else ""
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "-")
+    starts.write_text(f"{before}{os.getpid()} {gpus} {(workdir / 'summary.json').exists()}\n")
+    return run(cfg, workdir, len(before.splitlines()))
 
 
 def run(cfg, workdir, number):
     if number < len(cfg.task.exits):
         code = cfg.task.exits[number]
         if code < 0:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             os.kill(os.getpid(), -code)
         print("step 3\nerror: the loss is not finite\ngoodbye" if code == 1 else "")
         return code

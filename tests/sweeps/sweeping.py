@@ -96,9 +96,8 @@ class Checkout:
             process.kill()
             process.wait()
         if (self.out / "trials").exists():
-            for pid in sum(self.processes(), []):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+            keepers, trials = self.processes()
+            kill(*keepers, *trials)
 
 
 def wait_for(condition, what, seconds=60):

@@ -1,9 +1,5 @@
 """A sweep survives kill -9 of whatever: real processes, with a fake main.py."""
 
-import os
-import signal
-import time
-
 import pytest
 from sweeping import kill, wait_for
 
@@ -12,20 +8,23 @@ pytestmark = pytest.mark.multiprocess
 TWELVE = ("--sweep=lr,seed", "--slots=2", "--metric=psnr", "--backoff=0.1")
 
 
-def assert_twelve_results(checkout):
+def assert_twelve_results(checkout, killed_with_keeper):
+    """`killed_with_keeper`: these may have ended in that moment, so that nobody saw how."""
     rows = checkout.rows()
     assert len(rows) == 12 and {row["state"] for row in rows.values()} == {"done"}
     for trial, row in rows.items():
         starts = checkout.starts(trial)
         assert not any(finished == "True" for _, _, finished in starts), f"{trial} ran twice"
-        assert row["exit_code"] == "0" and row["pid"] == starts[-1][0], (row, starts)
+        assert row["pid"] == starts[-1][0], (row, starts)
+        unseen = trial in killed_with_keeper and "keeper was killed" in row["error"]
+        assert row["exit_code"] == "0" or (unseen and row["exit_code"] == ""), row
         assert float(row["held-out/psnr"]) == pytest.approx(1 - 0.5**10)
 
 
 def test_twelve_trials_on_two_slots_killed_twice_end_with_twelve_results(checkout):
     options = (*TWELVE, "--config.task.seconds=0.6")
     sweep = checkout.start(*options)
-    wait_for(lambda: checkout.count("done") >= 3, "three trials are done")
+    wait_for(lambda: checkout.count("done") >= 3 and checkout.processes()[1], "three are done")
     kill(sweep.pid)  # the scheduler alone: what runs goes on, and its exit code is kept
     sweep.wait()
     orphans = [name for name, r in checkout.records().items() if r["state"] == "running"]
@@ -35,12 +34,13 @@ def test_twelve_trials_on_two_slots_killed_twice_end_with_twelve_results(checkou
     wait_for(lambda: checkout.count("done") >= 7 and checkout.processes()[1], "seven are done")
     kill(sweep.pid)
     sweep.wait()
+    running = [name for name, r in checkout.records().items() if r["state"] == "running"]
     keepers, trials = checkout.processes()
     kill(*keepers, *trials)  # everything, as when a machine goes down
 
     code, text = checkout.run(*options)
     assert code == 0, text
-    assert_twelve_results(checkout)
+    assert_twelve_results(checkout, running)
     for name in orphans:  # waited for, not started again
         assert len(checkout.starts(name)) == 1
     assert len({row["pid"] for row in checkout.rows().values()}) == 12
