@@ -35,8 +35,8 @@ def optuna() -> Any:
         import optuna as package
     except ImportError as e:
         raise UserError(
-            f"--search needs the package optuna ({e}): install it with "
-            "`pip install -r requirements-dev.txt -c constraints-3.11.txt`"
+            f"--search needs the package optuna ({e}): install it with `pip install 'optuna>=5'`; "
+            "it is in requirements-dev.txt"
         ) from e
     package.logging.set_verbosity(package.logging.WARNING)
     warnings.filterwarnings("ignore", category=package.exceptions.ExperimentalWarning)
@@ -146,7 +146,7 @@ class Search:
         )  # fmt: skip
         # Another seed at each start, or the same suggestions would come again.
         seed = len(self._study.get_trials(deepcopy=False))
-        self._study.sampler = package.samplers.TPESampler(seed=seed)
+        self._study.sampler = package.samplers.TPESampler(seed=seed, constant_liar=True)
         self.ended = ""  # why no more trials come, where it is not their number
         self._settle()
 

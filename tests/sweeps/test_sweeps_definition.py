@@ -1,8 +1,11 @@
 """Trials from a config's functions: products, names, and every mistake in one sentence."""
 
 import re
+import subprocess
+import sys
 
 import pytest
+from sweeping import ROOT
 
 from dcae_jax import config
 from dcae_jax.errors import UserError
@@ -11,6 +14,16 @@ from dcae_jax.sweeps.backends import Backend, Kind
 from dcae_jax.sweeps.definition import Base, Trial
 
 FAKE = "tests/sweeps/fake_config.py"
+
+
+def test_sweeps_import_no_jax():
+    code = (
+        "import sys, pathlib, importlib\n"
+        "for path in pathlib.Path('dcae_jax/sweeps').glob('*.py'):\n"
+        "    importlib.import_module(f'dcae_jax.sweeps.{path.stem}')\n"
+        "assert not {'jax', 'optuna', 'matplotlib'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
 @pytest.fixture
