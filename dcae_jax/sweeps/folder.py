@@ -57,6 +57,7 @@ class Start:
     exit_code: int | None = None  # None: not known, since its keeper was killed; -9: by signal 9
     ended: float | None = None
     error: str = ""  # the last error that it printed
+    by_machine: bool = False  # ended by what may be the machine's fault, not the run's
 
 
 @dataclass(slots=True)
@@ -69,6 +70,7 @@ class Record:
     starts: list[Start] = field(default_factory=list)
     number: int | None = None  # of the search's trial
     prune: bool = False  # the search has asked it to stop
+    forgiven: int = 0  # so many starts do not count any more (--retry-failed)
 
     def to_json(self) -> dict[str, Any]:
         """The inverse of `from_json`."""

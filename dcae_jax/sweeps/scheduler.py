@@ -5,6 +5,7 @@ A trial runs under a keeper, which outlives the scheduler and writes the exit co
 """
 
 import contextlib
+import itertools
 import os
 import signal
 import subprocess
@@ -22,7 +23,7 @@ from dcae_jax.sweeps.folder import Folder, Kept, Record, Silence, Start, State
 
 PREEMPTED, PROCESS_GONE = 42, 43  # exit codes of main.py after which a start is sensible
 _TERMINATED, _KILLED = (-15, 143), (-9, 137)  # by a signal; as Python and as shells tell it
-_TRIES = 4  # starts in a row that end by a lost process or by signal 9
+_TRIES = 4  # starts in a row that end by what may be the machine's fault
 _LONGEST_PAUSE = 300.0  # seconds
 _POLL_SECONDS = 0.2
 _STATUS_SECONDS = 60.0
@@ -118,7 +119,11 @@ class Scheduler:
             # Not print(): the signal may have interrupted one.
             os.write(2, b"\nstopping: running trials save first (a second signal: at once)\n")
 
-        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        # What is ignored stays so: that is how nohup works.
+        numbers = [
+            number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+            if signal.getsignal(number) is not signal.SIG_IGN
+        ]  # fmt: skip
         before = {number: signal.signal(number, on_signal) for number in numbers}
         try:
             yield
@@ -245,20 +250,21 @@ class Scheduler:
             return State.failed
         if code in _KILLED:
             start.error = "killed by signal 9: out of memory, or kill -9"
-        if len(record.starts) > self._limits.restarts:
-            start.error = f"started {len(record.starts)} times (--max-restarts); {start.error}"
+        if code is None and running.child is not None:
+            start.error = "its keeper was killed, or could not start"
+        count = len(record.starts) - record.forgiven
+        if count > self._limits.restarts:
+            start.error = f"started {count} times (--max-restarts); {start.error}"
             return State.failed
-        if code in (PROCESS_GONE, *_KILLED) and not running.told:
-            return self._later(record)
-        return State.preempted
+        start.by_machine = not running.told and (
+            code in (PROCESS_GONE, *_KILLED) or (code is None and running.child is not None)
+        )
+        return self._later(record) if start.by_machine else State.preempted
 
     def _later(self, record: Record) -> State:
         """After a failure that may be of the machine: again after a pause, but not for ever."""
-        row = 0
-        for start in reversed(record.starts):
-            if start.exit_code not in (PROCESS_GONE, *_KILLED):
-                break
-            row += 1
+        counted = record.starts[record.forgiven :]
+        row = len(list(itertools.takewhile(lambda start: start.by_machine, reversed(counted))))
         if row >= _TRIES:
             record.starts[-1].error = f"{row} times in a row: {record.starts[-1].error}"
             return State.failed

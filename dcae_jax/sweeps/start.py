@@ -99,7 +99,7 @@ def _schedule(job: Job, manifest: Manifest, steps: dict[str, int], by: Metric | 
     records = {name: job.folder.record(name, o) for name, o in manifest.trials.items()}
     for record in records.values():
         if record.state is State.failed and job.options.retry_failed:
-            record.state = State.waiting
+            record.state, record.forgiven = State.waiting, len(record.starts)
     chooser = None
     if job.options.search:
         chooser = search.Search(
