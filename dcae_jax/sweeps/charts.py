@@ -13,6 +13,7 @@ _WIDTH, _HEIGHT = 1160, 340
 _LEFT, _RIGHT, _TOP, _BOTTOM = 70, 120, 44, 30
 _LOG_FROM = 10  # a scale is logarithmic from this ratio of positive values on
 _TICKS = 6
+_LABEL = 0.055  # the height of a label, as a share of an axis
 _MAX_POINTS = 200  # of a curve: more cannot be seen
 
 
@@ -70,19 +71,28 @@ def parallel(axes: Sequence[str], lines: Sequence[Line]) -> str:
     """Each trial as a line over its fields and its score; the best one on top."""
     scales = [scale([line.values[i] for line in lines]) for i in range(len(axes))]
     step = (_WIDTH - _LEFT - _RIGHT) / max(len(axes) - 1, 1)
-    parts = []
+    parts, labels = [], []
     for i, (name, axis) in enumerate(zip(axes, scales, strict=True)):
         x = _LEFT + i * step
         parts.append(_rule(x, _TOP, x, _HEIGHT - _BOTTOM))
         parts.append(_text(x, 16, name, "middle", "600"))
-        parts += [_text(x + 6, _y(axis.place(t)) + 4, _shown(t)) for t in axis.ticks]
+        labels += [_text(x + 6, _y(axis.place(t)) + 4, _shown(t)) for t in _apart(axis)]
     for line in sorted(lines, key=lambda line: line.best):
         known = [
             (_LEFT + i * step, _y(scales[i].place(value)))
             for i, value in enumerate(line.values) if value is not None
         ]  # fmt: skip
         parts.append(_path(known, line, f"{line.name}: {_shown(line.values[-1])}"))
-    return _svg(parts, _WIDTH, _HEIGHT)
+    return _svg([*parts, *labels], _WIDTH, _HEIGHT)
+
+
+def _apart(axis: Scale) -> list[JSONValue]:
+    """The ticks whose labels do not stand on each other."""
+    shown: list[JSONValue] = []
+    for tick in axis.ticks:
+        if all(abs(axis.place(tick) - axis.place(other)) > _LABEL for other in shown):
+            shown.append(tick)
+    return shown
 
 
 def curves(lines: Sequence[Line], width: int = 560, height: int = 300) -> str:
@@ -129,7 +139,8 @@ def _rule(x1: float, y1: float, x2: float, y2: float) -> str:
 def _text(x: float, y: float, text: str, anchor: str = "start", weight: str = "400") -> str:
     return (
         f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-weight="{weight}" '
-        f'fill="var(--faint)">{html.escape(text)}</text>'
+        f'fill="var(--faint)" stroke="var(--card)" stroke-width="3" paint-order="stroke">'
+        f"{html.escape(text)}</text>"
     )
 
 

@@ -1,5 +1,7 @@
 """A sweep survives kill -9 of whatever: real processes, with a fake main.py."""
 
+import time
+
 import pytest
 from sweeping import kill, wait_for
 
@@ -47,3 +49,22 @@ def test_twelve_trials_on_two_slots_killed_twice_end_with_twelve_results(checkou
     before = checkout.records()
     code, text = checkout.run(*options)  # once more: there is nothing to do
     assert code == 0 and "12 done" in text and checkout.records() == before
+
+
+def test_a_trial_whose_keeper_is_killed_is_waited_for(checkout):
+    options = ("--sweep=seed", "--slots=2", "--config.task.seconds=4")
+    sweep = checkout.start(*options, FAKE_SEEDS=2)
+    wait_for(lambda: len(checkout.processes()[1]) == 2, "two trials run")
+    keepers, trials = checkout.processes()
+    kill(keepers[0])  # under a scheduler that lives
+    time.sleep(0.5)
+    assert checkout.count("running") == 2 and sweep.poll() is None
+    kill(sweep.pid, keepers[1])  # and together with it
+    sweep.wait()
+    code, text = checkout.run(*options, FAKE_SEEDS=2)
+    assert code == 0, text
+    for name, row in checkout.rows().items():
+        assert [pid for pid, *_ in checkout.starts(name)] == [row["pid"]]
+        assert (row["state"], row["exit_code"], row["starts"]) == ("done", "", "1")
+        assert "exit code not known: its keeper was killed; the run is finished" in row["error"]
+    assert {int(row["pid"]) for row in checkout.rows().values()} == set(trials)
