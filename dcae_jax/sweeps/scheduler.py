@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from dcae_jax.report import progress, writers
 from dcae_jax.sweeps import processes
@@ -31,6 +31,7 @@ _STATUS_SECONDS = 60.0
 _LOOK_SECONDS, _LOOK_SECONDS_REMOTE = 2.0, 20.0
 
 
+@runtime_checkable
 class Search(Protocol):
     """What chooses trials as it goes (`search.py`)."""
 
@@ -250,6 +251,8 @@ class Scheduler:
             return State.failed
         if code in _KILLED:
             start.error = "killed by signal 9: out of memory, or kill -9"
+        if code in _TERMINATED:
+            start.error = "ended by SIGTERM before it could save"
         if code is None and running.child is not None:
             start.error = "its keeper was killed, or could not start"
         count = len(record.starts) - record.forgiven

@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import io
 import json
 import os
 import pathlib
@@ -10,6 +11,9 @@ import signal
 import subprocess
 import sys
 import time
+from unittest import mock
+
+from dcae_jax.sweeps import command
 
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIG = "tests/sweeps/fake_config.py"
@@ -42,6 +46,17 @@ class Checkout:
             text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=240,
         )  # fmt: skip
         return done.returncode, done.stdout
+
+    def here(self, *options, config=CONFIG, **env):
+        """The same in this process, without a start of Python: for what starts no trial."""
+        argv = self.command(*options, config=config)[2:]
+        out = io.StringIO()
+        with (
+            mock.patch.dict(os.environ, {k: str(v) for k, v in env.items()}),
+            contextlib.redirect_stdout(out), contextlib.redirect_stderr(out),
+        ):  # fmt: skip
+            code = command.main(argv, str(self.path))
+        return code, out.getvalue()
 
     def start(self, *options, **env):
         """A sweep that goes on in the background; its output is in output.txt."""

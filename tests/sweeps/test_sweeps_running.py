@@ -44,9 +44,13 @@ def test_trials_that_are_preempted_start_again_and_one_that_fails_stops_nothing(
 
 def test_a_signal_is_passed_on_and_the_same_command_goes_on(checkout):
     options = ("--slots=2", "--config.task.seconds=1.5")
-    for number in (signal.SIGTERM, signal.SIGINT):
+
+    def started():
+        return [len(checkout.starts(trial)) for trial in ("quality=1", "quality=2")]
+
+    for round_, number in enumerate((signal.SIGTERM, signal.SIGINT), 1):
         sweep = checkout.start(*options)
-        wait_for(lambda: len(checkout.processes()[1]) == 2, "two trials run")
+        wait_for(lambda: started() == [round_] * 2, "two trials run")  # noqa: B023
         sweep.send_signal(number)
         assert sweep.wait(60) == 42
         assert "stopping: running trials save first" in checkout.output()
@@ -79,11 +83,11 @@ def test_an_edited_sweep(checkout):
     assert len(checkout.starts("seed=1")) == 1 and checkout.rows()["seed=1"]["state"] == "done"
 
     before = checkout.records()
-    code, text = checkout.run(*options, "--config.steps=12", "--config.optim.lr=0.5")
+    code, text = checkout.here(*options, "--config.steps=12", "--config.optim.lr=0.5")
     assert code == 2 and "  - optim.lr: 0.0001 -> 0.5\n  - steps: 10 -> 12\n" in text
-    code, text = checkout.run(*options, config="tests/sweeps/fake_config.py:other")
+    code, text = checkout.here(*options, config="tests/sweeps/fake_config.py:other")
     assert code == 2 and "holds a sweep of tests/sweeps/fake_config.py, not of" in text
-    code, text = checkout.run("--sweep=lr", FAST)
+    code, text = checkout.here("--sweep=lr", FAST)
     assert code == 2 and "holds another sweep (seed): it has none of these 3 trials" in text
     assert checkout.records() == before
 
@@ -91,7 +95,7 @@ def test_an_edited_sweep(checkout):
 def test_a_trial_that_is_removed_while_it_runs_is_stopped(checkout):
     sweep = checkout.start("--sweep=seed", "--slots=2", "--config.task.seconds=20", FAKE_SEEDS=2)
     wait_for(lambda: len(checkout.processes()[1]) == 2, "two trials run")
-    refused, text = checkout.run("--sweep=seed", "--config.task.seconds=20", FAKE_SEEDS=2)
+    refused, text = checkout.here("--sweep=seed", "--config.task.seconds=20", FAKE_SEEDS=2)
     assert refused == 2 and "is in use by another command" in text
     kill(sweep.pid)
     sweep.wait()
@@ -112,15 +116,15 @@ def test_each_slot_has_gpus_of_its_own(checkout):
     for name, record in checkout.records().items():
         given.setdefault(record["starts"][0]["slot"], set()).add(checkout.starts(name)[0][1])
     assert given == {0: {"4,5"}, 1: {"6,7"}}  # the odd one stays idle
-    code, text = checkout.run(*options, "--slots=6", **gpus)
+    code, text = checkout.here(*options, "--slots=6", **gpus)
     assert code == 2 and "--slots=6 on 5 GPU(s) (4, 5, 6, 7, 8); give at most --slots=5" in text
-    code, text = checkout.run(*options, "--slots=2", "--dry-run", **gpus)
+    code, text = checkout.here(*options, "--slots=2", "--dry-run", **gpus)
     assert text.splitlines()[1].startswith("CUDA_VISIBLE_DEVICES=6,7 ")
 
 
 def test_what_a_dry_run_prints_runs_as_it_is(checkout):
     options = ("--sweep=lr,seed", FAST)
-    code, text = checkout.run(*options, "--dry-run", FAKE_SEEDS=1)
+    code, text = checkout.here(*options, "--dry-run", FAKE_SEEDS=1)
     assert code == 0 and len(text.splitlines()) == 3 and not checkout.out.exists()
     line = text.splitlines()[1]
     env = {**os.environ, "PYTHONPATH": os.getcwd()}
@@ -130,19 +134,19 @@ def test_what_a_dry_run_prints_runs_as_it_is(checkout):
 
 
 def test_the_status_while_it_runs_and_by_another_metric(checkout):
-    code, text = checkout.run("--status")
+    code, text = checkout.here("--status")
     assert code == 2 and "holds no sweep" in text
     sweep = checkout.start("--slots=1", "--config.task.seconds=1")
     wait_for(lambda: checkout.count("done") >= 1, "one is done")
-    code, text = checkout.run("--status", "--metric=psnr")
+    code, text = checkout.here("--status", "--metric=psnr")
     assert code == 0 and " running " in text and "best by held-out/psnr (higher" in text
-    code, text = checkout.run("--status")
+    code, text = checkout.here("--status")
     assert code == 2 and "no metric to compare trials by; give --metric=NAME, one of: held" in text
     assert "quality=3" in text  # the table is there all the same
     assert sweep.wait(60) == 0
-    code, text = checkout.run("--status", "--metric=psnr")
+    code, text = checkout.here("--status", "--metric=psnr")
     assert "best by held-out/psnr (higher is better): quality=3, 2.99707" in text
-    code, text = checkout.run("--status", "--metric=oddness", "--better=lower")
+    code, text = checkout.here("--status", "--metric=oddness", "--better=lower")
     assert "best by held-out/oddness (lower is better): quality=1, 0.5" in text
-    code, text = checkout.run("--status", "--metric=train/loss")
+    code, text = checkout.here("--status", "--metric=train/loss")
     assert "best by train/loss (lower is better): quality=1, 0.1" in text

@@ -127,7 +127,7 @@ def test_mistakes_of_a_search(checkout, monkeypatch):
         (("--search", "--trials=2", "--sweep=lr"), "--search and --sweep exclude each other"),
         (("--trials=2",), "--trials and --storage belong to --search"),
     ):
-        code, text = checkout.run(*options)
+        code, text = checkout.here(*options)
         assert code == 2 and message in text
     monkeypatch.setitem(__import__("sys").modules, "optuna", None)
     with pytest.raises(UserError, match=r"--search needs the package optuna .*pip install"):
