@@ -13,6 +13,9 @@ Stated by the paper: what a phase trains (the exact layers are not), L1, the Pat
 Chosen here: all else.  LPIPS is off, since its weights need a network: see `import-net lpips-vgg`.
 """
 
+from collections.abc import Iterator
+from typing import Any
+
 from dcae_jax import recipes
 from dcae_jax.config import (
     CheckpointConfig,
@@ -36,6 +39,24 @@ LOW, HIGH = 128, 256
 def get_config(arg: str = "phase1") -> RunConfig:
     """The run of one phase: phase1, phase2 or phase3."""
     return [phase1, phase2, phase3][recipes.choose(arg) - 1]()
+
+
+def sweep_lr() -> Iterator[dict[str, float]]:
+    """Learning rates around that of phase 1."""
+    yield from ({"optim.lr": lr} for lr in (5e-4, 2e-3, 8e-3))
+
+
+def sweep_seed() -> Iterator[dict[str, int]]:
+    """Two runs of everything: what differs between them is chance."""
+    yield from ({"seed": seed} for seed in (0, 1))
+
+
+def search(trial: Any) -> dict[str, float]:
+    """For `launch/sweep.py --search`: learning rate and weight decay, by Optuna."""
+    return {
+        "optim.lr": trial.suggest_float("lr", 2e-4, 2e-2, log=True),
+        "optim.weight_decay": trial.suggest_float("weight_decay", 0.0, 0.1),
+    }
 
 
 def phase1() -> RunConfig:

@@ -7,6 +7,7 @@ here each mistake is one sentence with the mend, and exit code 2.
 import itertools
 import re
 import sys
+import types
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -66,10 +67,16 @@ def _values(argv: Sequence[str]) -> list[str]:
 
 def load(value: str) -> RunConfig:
     """The config of "FILE" or "FILE:ARG", before overrides."""
+    path, _, arg = value.partition(":")
+    module = load_module(path)
+    return module.get_config(arg) if arg else module.get_config()
+
+
+def load_module(path: str) -> types.ModuleType:
+    """The config file as a module of its own; UserError if it is none."""
     import importlib.util
     import os
 
-    path, _, arg = value.partition(":")
     if not os.path.isfile(path):
         raise UserError(f"config file {path!r} does not exist; see configs/ for those there are")
     spec = importlib.util.spec_from_file_location("dcae_jax_config", path)
@@ -77,7 +84,25 @@ def load(value: str) -> RunConfig:
     spec.loader.exec_module(module)
     if not hasattr(module, "get_config"):
         raise UserError(f"{path} has no get_config(arg); see configs/demo.py for an example")
-    return module.get_config(arg) if arg else module.get_config()
+    return module
+
+
+def parsed(argv: Sequence[str]) -> RunConfig:
+    """The config that main.py would get from these flags, --config and --config.x.y=V alone.
+
+    Touches no flags of this process.  UserError for the first mistake.
+    """
+    argv = ["main.py", *argv]
+    _check_config(argv)
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file(
+        "config", None, "", flag_values=values, lock_config=False, sys_argv=argv
+    )
+    try:
+        values(argv)
+    except (flags.Error, KeyError, ValueError, TypeError, IndexError, AttributeError) as e:
+        raise UserError(_explain(argv, e)) from e
+    return values.config
 
 
 def check_field(cfg: Any, path: str) -> None:

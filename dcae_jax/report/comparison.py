@@ -8,7 +8,7 @@ from dcae_jax import score_names
 from dcae_jax.errors import UserError
 from dcae_jax.evals import protocol
 from dcae_jax.report import phases, results
-from dcae_jax.report.phases import Table
+from dcae_jax.report.pages import Table
 from dcae_jax.report.results import Result
 
 # What tells the results of one file apart; the first that pairs anything is used.

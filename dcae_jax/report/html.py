@@ -4,8 +4,6 @@ Curves are inline SVG, pictures are embedded, nothing is fetched.  What a report
 is written down in phases.py.
 """
 
-import base64
-import io
 import itertools
 import json
 from collections.abc import Sequence
@@ -14,10 +12,10 @@ from typing import Any
 
 from etils import epath
 
-from dcae_jax.report import curves, diffusion, phases, progress, writers
-from dcae_jax.report.phases import Phase, Table
+from dcae_jax.report import curves, diffusion, pages, phases, progress, writers
+from dcae_jax.report.pages import Picture, Table
+from dcae_jax.report.phases import Phase
 
-PICTURE_BYTES = 3_000_000  # of all pictures together; base64 makes 4 MB of them
 _OTHER_PANELS = 24  # small panels of the remaining training scalars, at most
 
 
@@ -40,19 +38,7 @@ def build_report(
 
 def render(found: Sequence[Phase]) -> str:
     """The page as text."""
-    return page("template.html", _page(found))
-
-
-def page(template: str, values: dict[str, Any]) -> str:
-    """A template of this folder with its values, which are escaped unless they are markup."""
-    import jinja2
-
-    folder = epath.resource_path("dcae_jax") / "report"
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined,
-        loader=jinja2.FunctionLoader(lambda name: (folder / name).read_text()),
-    )  # fmt: skip
-    return environment.get_template(template).render(**values)
+    return pages.page("template.html", _page(found))
 
 
 def _page(found: Sequence[Phase]) -> dict[str, Any]:
@@ -196,15 +182,6 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 
 @dataclass(slots=True)
-class Picture:
-    """One embedded picture with what stands below it."""
-
-    caption: str
-    note: str
-    uri: str
-
-
-@dataclass(slots=True)
 class Gallery:
     """The pictures of one evaluator: before training, and after each phase."""
 
@@ -228,7 +205,9 @@ def _galleries(found: Sequence[Phase]) -> list[Gallery]:
     count = max(sum(len(pictures) for pictures in chosen.values()), 1)
     galleries = []
     for name in names:
-        pictures = [embedded(*choice, PICTURE_BYTES // count) for choice in chosen[name]]
+        pictures = [
+            pages.embedded(*choice, pages.PICTURE_BYTES // count) for choice in chosen[name]
+        ]
         missing = [p.name for p in found if not p.images.get(name)]
         sentence = f"No picture was recorded by {', '.join(missing)}." if missing else ""
         galleries.append(Gallery(name, _what(found, name), pictures, sentence))
@@ -266,32 +245,3 @@ def _picture_scores(phase: Phase, name: str, step: int) -> str:
         f"{phases.metric_name(metric)} {phases.score(metric, row[f'{name}/{metric}'])}"
         for metric in phases.main_metrics(mine)
     )
-
-
-def embedded(caption: str, scores: str, path: epath.Path, budget: int) -> Picture:
-    """The file itself where it is small enough, else a JPEG, made smaller until it fits."""
-    data = path.read_bytes()
-    if len(data) <= budget:
-        return Picture(caption, scores, _uri("png", data))
-    data, size = _as_jpeg(data, budget)
-    note = f"{scores}{'; ' if scores else ''}shown as JPEG, {size}; lossless: {path.name}"
-    return Picture(caption, note, _uri("jpeg", data))
-
-
-def _uri(kind: str, data: bytes) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
-
-
-def _as_jpeg(png: bytes, budget: int) -> tuple[bytes, str]:
-    """(JPEG bytes within the budget, "full size" or its share of the width)."""
-    from PIL import Image
-
-    original = Image.open(io.BytesIO(png)).convert("RGB")
-    for scale in (1.0, 0.75, 0.5, 0.35, 0.25, 0.15, 0.1):
-        size = (max(round(original.width * scale), 1), max(round(original.height * scale), 1))
-        image = original if scale == 1.0 else original.resize(size, Image.Resampling.LANCZOS)
-        buffer = io.BytesIO()
-        image.save(buffer, format="JPEG", quality=92, subsampling=0)
-        if buffer.tell() <= budget:
-            break
-    return buffer.getvalue(), "full size" if scale == 1.0 else f"{scale:.0%} of its width"

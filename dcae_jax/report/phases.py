@@ -24,6 +24,7 @@ from dcae_jax import score_names
 from dcae_jax.errors import UserError
 from dcae_jax.nets import weights
 from dcae_jax.report import progress, writers
+from dcae_jax.report.pages import Table
 
 PHASES = ("phase1", "phase2", "phase3")  # folders of a three-phase run
 METRICS = ("psnr_pooled", "psnr", "ssim")  # shown first, in this order
@@ -258,15 +259,6 @@ def _digits(metric: str) -> int:
 
 
 # ---------------------------------------------------------------------------- tables
-
-
-@dataclass(slots=True)
-class Table:
-    """Cells as text; `rules` are rows before which a line is drawn, `notes` stand below."""
-
-    head: list[str]
-    rows: list[list[str]]
-    rules: list[int] = field(default_factory=list)
 
 
 _FACTS_HEAD = ["phase", "px", "trained", "parameters", "steps", "time", "img/s", "data-wait"]

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from dcae_jax import config, outputs
-from dcae_jax.report import html, phases, results
-from dcae_jax.report.phases import Table
+from dcae_jax.report import pages, phases, results
+from dcae_jax.report.pages import Table
 from dcae_jax.report.results import Beside, Group, Result
 
 NAMES = {
@@ -186,9 +186,9 @@ def render(made: Sequence[Section], out: epath.Path) -> str:
     values = {
         "facts": _facts(made),
         "contents": Table(["", "results", "scores"], [_content(section) for section in made]),
-        "sections": [_values(section, out, html.PICTURE_BYTES // count) for section in made],
+        "sections": [_values(section, out, pages.PICTURE_BYTES // count) for section in made],
     }
-    return html.page("results.html", values)
+    return pages.page("results.html", values)
 
 
 def _facts(made: Sequence[Section]) -> list[tuple[str, str]]:
@@ -299,13 +299,13 @@ def _beside_table(pair: Beside) -> Table:
     return Table(_BESIDE_HEAD, rows)
 
 
-def _pictures(result: Result, budget: int) -> list[html.Picture]:
+def _pictures(result: Result, budget: int) -> list[pages.Picture]:
     found = []
     for path in result.pictures:
         try:
-            found.append(html.embedded(result.label, path.name, path, budget))
+            found.append(pages.embedded(result.label, path.name, path, budget))
         except OSError as error:  # Pillow's are of this kind too
-            found.append(html.Picture(result.label, f"{path.name} cannot be shown: {error}", ""))
+            found.append(pages.Picture(result.label, f"{path.name} cannot be shown: {error}", ""))
     return found
 
 

@@ -1,0 +1,70 @@
+"""A sweep survives kill -9 of whatever: real processes, with a fake main.py."""
+
+import time
+
+import pytest
+from sweeping import kill, wait_for
+
+pytestmark = pytest.mark.multiprocess
+
+TWELVE = ("--sweep=lr,seed", "--slots=2", "--metric=psnr", "--backoff=0.1")
+
+
+def assert_twelve_results(checkout, killed_with_keeper):
+    """`killed_with_keeper`: these may have ended in that moment, so that nobody saw how."""
+    rows = checkout.rows()
+    assert len(rows) == 12 and {row["state"] for row in rows.values()} == {"done"}
+    for trial, row in rows.items():
+        starts = checkout.starts(trial)
+        assert not any(finished == "True" for _, _, finished in starts), f"{trial} ran twice"
+        assert row["pid"] == starts[-1][0], (row, starts)
+        unseen = trial in killed_with_keeper and "keeper was killed" in row["error"]
+        assert row["exit_code"] == "0" or (unseen and row["exit_code"] == ""), row
+        assert float(row["held-out/psnr"]) == pytest.approx(1 - 0.5**10)
+
+
+def test_twelve_trials_on_two_slots_killed_twice_end_with_twelve_results(checkout):
+    options = (*TWELVE, "--config.task.seconds=0.6")
+    sweep = checkout.start(*options)
+    wait_for(lambda: checkout.count("done") >= 3 and checkout.processes()[1], "three are done")
+    kill(sweep.pid)  # the scheduler alone: what runs goes on, and its exit code is kept
+    sweep.wait()
+    orphans = [name for name, r in checkout.records().items() if r["state"] == "running"]
+    assert orphans, "nothing ran when the scheduler was killed"
+
+    sweep = checkout.start(*options)
+    wait_for(lambda: checkout.count("done") >= 7 and checkout.processes()[1], "seven are done")
+    kill(sweep.pid)
+    sweep.wait()
+    running = [name for name, r in checkout.records().items() if r["state"] == "running"]
+    keepers, trials = checkout.processes()
+    kill(*keepers, *trials)  # everything, as when a machine goes down
+
+    code, text = checkout.run(*options)
+    assert code == 0, text
+    assert_twelve_results(checkout, running)
+    for name in orphans:  # waited for, not started again
+        assert len(checkout.starts(name)) == 1
+    assert len({row["pid"] for row in checkout.rows().values()}) == 12
+    before = checkout.records()
+    code, text = checkout.run(*options)  # once more: there is nothing to do
+    assert code == 0 and "12 done" in text and checkout.records() == before
+
+
+def test_a_trial_whose_keeper_is_killed_is_waited_for(checkout):
+    options = ("--sweep=seed", "--slots=2", "--config.task.seconds=4")
+    sweep = checkout.start(*options, FAKE_SEEDS=2)
+    wait_for(lambda: len(checkout.processes()[1]) == 2, "two trials run")
+    keepers, trials = checkout.processes()
+    kill(keepers[0])  # under a scheduler that lives
+    time.sleep(0.5)
+    assert checkout.count("running") == 2 and sweep.poll() is None
+    kill(sweep.pid, keepers[1])  # and together with it
+    sweep.wait()
+    code, text = checkout.run(*options, FAKE_SEEDS=2)
+    assert code == 0, text
+    for name, row in checkout.rows().items():
+        assert [pid for pid, *_ in checkout.starts(name)] == [row["pid"]]
+        assert (row["state"], row["exit_code"], row["starts"]) == ("done", "", "1")
+        assert "exit code not known: its keeper was killed; the run is finished" in row["error"]
+    assert {int(row["pid"]) for row in checkout.rows().values()} == set(trials)
