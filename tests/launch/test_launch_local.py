@@ -117,6 +117,9 @@ def test_signals_are_passed_on_and_their_42_is_no_reason_to_start_again(
         while not all((tmp_path / f"starts{i}").exists() for i in (0, 1)):
             time.sleep(0.05)
         time.sleep(0.2)
+        if number == signal.SIGINT:  # a terminal sends it to the whole process group
+            for pid in pids(tmp_path, 0) + pids(tmp_path, 1):
+                os.kill(pid, number)
         os.kill(os.getpid(), number)
 
     sender = threading.Thread(target=send)

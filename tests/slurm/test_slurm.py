@@ -16,7 +16,7 @@ import pytest
 import runs
 from cluster import Cluster, installed
 
-FLAGS = ("--config.steps=24", "--config.checkpoint.every=10", "--config.report.every=1")
+FLAGS = ("--config.steps=150", "--config.checkpoint.every=50", "--config.report.every=1")
 URGENT = """\
 #!/bin/bash
 #SBATCH --partition=urgent --nodes=2 --ntasks-per-node=4 --output=/dev/null
@@ -38,7 +38,7 @@ def running():
     found = []
     for folder in pathlib.Path("/proc").glob("[0-9]*"):
         try:
-            text = (tmp_path / "cmdline").read_bytes() + (tmp_path / "environ").read_bytes()
+            text = (folder / "cmdline").read_bytes() + (folder / "environ").read_bytes()
         except OSError:
             continue
         if int(folder.name) != os.getpid():
@@ -112,7 +112,7 @@ def test_a_job_that_is_requeued_and_preempted_ends_in_the_bits_of_the_uninterrup
     assert cluster.run("squeue", "-h", "-j", job, "-o", "%T %D %C").split() == ["RUNNING", "2", "2"]
     cluster.run("scontrol", "requeue", job)
     first = int(run.wait_for(r"preempted: saved step (\d+)")[1])
-    run.wait_for("Slurm itself has requeued")
+    run.wait_for("^launch: Slurm itself has requeued")
     start_now(cluster, job)
 
     run.wait_for(rf"own workdir, step {first}\b")
@@ -125,12 +125,12 @@ def test_a_job_that_is_requeued_and_preempted_ends_in_the_bits_of_the_uninterrup
     start_now(cluster, job)
 
     assert run.finish() == 0, run.text()
-    assert 3 <= first < second < 24, run.text()
+    assert 3 <= first < second < 150, run.text()
     assert f"own workdir, step {second}" in run.text()
     found = re.findall(r"on node\[0-1\], restart (\d) of 100", run.text())
     assert found == ["0", "1", "2"], run.text()
-    runs.assert_same_run("phase1", tmp_path / "whole", tmp_path / "slurm", steps=24)
-    _, meta = runs.state("phase1", tmp_path / "slurm", steps=24)
+    runs.assert_same_run("phase1", tmp_path / "whole", tmp_path / "slurm", steps=150)
+    _, meta = runs.state("phase1", tmp_path / "slurm", steps=150)
     assert meta["processes"] == 2
 
 
