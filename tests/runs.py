@@ -114,7 +114,8 @@ def command(arg, workdir, *options, program=("main.py",)):
 def start(arg, workdir, *options, program=("main.py",), **env):
     """A real process of main.py; its output goes to one pipe."""
     process = subprocess.Popen(
-        command(arg, workdir, *options, program=program), cwd=ROOT, env=environment(**env), text=True,
+        command(arg, workdir, *options, program=program),
+        cwd=ROOT, env=environment(**env), text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     atexit.register(process.kill)  # a failed test must not leave it running
