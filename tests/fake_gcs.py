@@ -320,10 +320,10 @@ class Bucket(AbstractFileSystem):
 
     def info(self, path: str, **kwargs: Any) -> dict[str, Any]:
         bucket, key = self._path(path)
-        where = f"/storage/v1/b/{bucket}/o"
-        status, body = self._ask("GET", f"{where}/{urllib.parse.quote(key, safe='')}")
         name = f"{bucket}/{key}"
-        if key and status == 200:
+        where = f"/storage/v1/b/{bucket}/o/{urllib.parse.quote(key, safe='')}"
+        status, body = self._ask("GET", where) if key else (404, b"")
+        if status == 200:
             return {"name": name, "size": int(json.loads(body)["size"]), "type": "file"}
         if not key or self._list(bucket, key + "/", delimiter="/"):
             return {"name": name.rstrip("/"), "size": 0, "type": "directory"}

@@ -4,6 +4,7 @@ python tests/store_main.py main.py --config=... --workdir=gs://bucket/run
 python tests/store_main.py dcae_jax cache-latents --out gs://bucket/latents
 """
 
+import os
 import runpy
 import sys
 
@@ -11,6 +12,7 @@ import fake_gcs
 
 if __name__ == "__main__":
     fake_gcs.register()
+    sys.path.insert(0, os.getcwd())
     program, sys.argv = sys.argv[1], sys.argv[1:]
     if program == "main.py":
         runpy.run_path(program, run_name="__main__")

@@ -104,8 +104,11 @@ def test_kill_9_in_the_middle_of_a_checkpoint_loses_that_one_alone(finished, sto
     assert code == -signal.SIGKILL and found, text
     assert any(n.startswith("bucket/killed/checkpoints/4/") for n in store.objects)
     assert "bucket/killed/checkpoints/4/commit_success.txt" not in store.objects
-    assert runs.run("phase1", workdir) == train.DONE
-    runs.assert_same_run("phase1", workdir, finished[1])
+    cfg = runs.make_config("phase1")
+    manager = checkpoint.Checkpoints(epath.Path(workdir), cfg.checkpoint)
+    _, meta = manager.restore_newest(runs.target(cfg))
+    manager.close()
+    assert meta["step"] == 0 and runs.steps(workdir) == [0]  # what was half written is gone
 
 
 def test_latents_diffusion_samples_and_scores(finished, store, images, monkeypatch):
@@ -127,13 +130,12 @@ def test_latents_diffusion_samples_and_scores(finished, store, images, monkeypat
     command("cache-latents", *options, "--split", "train", "--shard-records", 8)
     assert store.generations == before  # nothing is written twice
     monkeypatch.setattr(diffusing, "cache", lambda: latents)
-    cfg = diffusing.make(steps=4, **{"task.model.num_classes": 1})
+    cfg = diffusing.make(steps=2, **{"task.model.num_classes": 1})
     cfg.evals = []
     diffusion = f"{BUCKET}/diffusion"
-    assert diffusing.run(cfg, diffusion, poll=3) == distributed.EXIT_PREEMPTED
     assert diffusing.run(cfg, diffusion) == train.DONE
-    samples = f"{BUCKET}/samples"
-    command("sample", "--from", diffusion, "--out", samples, "--n", 2, "--steps", 1, "--npz")
+    samples, euler = f"{BUCKET}/samples", ("--sampler", "euler", "--steps", 2)
+    command("sample", "--from", diffusion, "--out", samples, "--n", 2, "--npz", *euler)
     names = {n for n in store.objects if n.startswith("bucket/samples/")}
     assert sum(n.endswith(".png") for n in names) == 3 and any(n.endswith(".npz") for n in names)
     scores = f"{BUCKET}/scores"
@@ -146,6 +148,7 @@ def test_latents_diffusion_samples_and_scores(finished, store, images, monkeypat
     assert {"bucket/results.html", "bucket/report.html"} <= store.objects.keys()
 
 
+@pytest.mark.slow
 def test_weights_packed_images_and_a_profile(finished, store, images):
     """pack to the store, then training on it, from the weights of a step there, with a trace."""
     command("pack", "--from", f"{IMAGES}/train", "--out", f"{BUCKET}/packed")
@@ -158,8 +161,10 @@ def test_weights_packed_images_and_a_profile(finished, store, images):
     assert any(n.startswith("bucket/second/profile/") for n in store.objects)
 
 
+@pytest.mark.slow
 def test_export_and_import(finished, store):
-    command("export", "--workdir", finished[0], "--to", "diffusers", "--out", f"{BUCKET}/exported")
+    options = ("--to", "diffusers", "--scaling-factor", 1, "--out", f"{BUCKET}/exported")
+    command("export", "--workdir", finished[0], *options)
     command("import", "--from", f"{BUCKET}/exported", "--out", f"{BUCKET}/imported")
     source = checkpoint.source_meta(f"{BUCKET}/imported")
     assert source["leaves"]["params"]

@@ -1,7 +1,7 @@
 """What a run writes without Orbax works on a store without append, truncate, rename or locks.
 
 Orbax writes checkpoints through tensorstore, which knows gs:// but not a store in this process:
-checkpoints on an object store are not covered here.
+test_gcs.py has those.
 """
 
 import json

@@ -22,7 +22,8 @@ _PIECES = 4
 @contextlib.contextmanager
 def scratch(folder: epath.Path) -> Iterator[epath.Path]:
     """A new folder inside; it and the parents that had to be made are removed at the end."""
-    made = [p for p in (folder, *folder.parents) if not p.exists()]
+    parents = () if store.is_store(folder) else (folder, *folder.parents)
+    made = [p for p in parents if not p.exists()]
     inner = folder / f".doctor-{uuid.uuid4().hex[:12]}"
     try:
         inner.mkdir(parents=True)
@@ -30,7 +31,7 @@ def scratch(folder: epath.Path) -> Iterator[epath.Path]:
     finally:
         with contextlib.suppress(OSError):
             inner.rmtree(missing_ok=True)
-        for path in [] if store.is_store(folder) else made:
+        for path in made:
             with contextlib.suppress(OSError):
                 path.rmdir()
 
