@@ -107,6 +107,15 @@ class _Line:
             raise ValueError("not a process of a run")
         return messages
 
+    def closed(self) -> bool:
+        """Whether the other side is gone; reads nothing."""
+        try:
+            return not self.socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+
     def wait(self, limit: float) -> dict[str, Any]:
         """The first message, within `limit` seconds; the next is not sent before it is answered."""
         self.socket.settimeout(limit)
@@ -178,7 +187,7 @@ def _admit(place: Place, line: _Line, lines: dict[int, _Line], cards: dict[int, 
     why = ""
     if of != place.count or not 0 < card.index < place.count:
         why = f"{card} of {of} came to a run of {place.count} processes: left over from another?"
-    elif card.index in cards:
+    elif card.index in lines and not lines[card.index].closed():  # it may have been started again
         why = f"two processes have the number {card.index}: {cards[card.index]} and {card}"
     if why:
         _tell([line, *lines.values()], refused=why)
@@ -305,7 +314,7 @@ class Meeting:
     def stop(self, code: int, why: str) -> NoReturn:
         """Leaves at once with this exit code; the others leave with it, too, and say why."""
         self._leaving = True
-        text = f"{self.cards[self.place.index]} of {self.place.count} failed: {why}"
+        text = f"{self.cards[self.place.index]} of {self.place.count} failed: {why[:2000]}"
         _tell(self._lines.values(), stop=code, why=text)
         self._exit(code)
 

@@ -35,6 +35,7 @@ PHASES = ("phase1", "phase2", "phase3")
 # Who may import what inside dcae_jax: each layer uses itself and those above it in this list.
 LAYERS = (
     ("errors", "rng", "score_names", "store", "data.transforms"),
+    ("rendezvous",),
     ("config", "tree", "distributed", "data", "nets", "tiling", "latent_file", "outputs"),
     ("flags", "sharding", "optim", "masking"),
     ("models", "diffusion"),

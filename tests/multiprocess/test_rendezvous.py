@@ -111,6 +111,16 @@ def test_a_number_that_is_given_twice_is_refused():
     assert all("two processes have the number 1" in text for _, text in ended)
 
 
+def test_one_that_was_started_again_before_all_were_there_takes_its_old_place():
+    address = processes.address()
+    first, old = start(address, 3, 0), start(address, 3, 1)
+    time.sleep(1)  # it is there, and waits
+    old.kill()
+    old.wait()
+    ended = finish([first, start(address, 3, 1), start(address, 3, 2)])
+    assert [code for code, _ in ended] == [0] * 3, ended
+
+
 def test_strangers_at_the_port_are_sent_away():
     address = processes.address()
     first = start(address, 2, 0)
