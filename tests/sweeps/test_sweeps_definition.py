@@ -108,6 +108,9 @@ def test_sweeps_that_cannot_be(names, message):
         ("def sweep(): yield {'seed': 'x'}", "invalid literal for int"),
         ("def sweep(): yield {'steps': 2.5}", "invalid literal for int"),
         ("def sweep(): yield {'name': None}", "name = None cannot be set by a flag"),
+        ("def sweep(): yield {'name': 5}", "name = 5 would be read as '5'; give a value of that"),
+        ("def sweep(): yield {'optim.lr': '1e-3'}", "optim.lr = '1e-3' would be read as 0.001"),
+        ("def sweep(): yield {'ema.decays': 0.9}", "ema.decays = 0.9 would be read as "),
         ("def sweep(): yield {'nonfinite': 'jump'}", "value should be one of <stop|skip>"),
     ],
 )
