@@ -491,10 +491,11 @@ def test_packages_that_are_imported_are_required():
              "tensorflow_datasets": "tensorflow-datasets"}  # fmt: skip
     # Optional: asked for by a config field, named by the message when it is not there.
     optional = {"wandb", "torch", "diffusers", "transformers"}
+    own = {"dcae_jax", "configs", *(p.stem for p in LAUNCHERS)}
     missing = set()
     for path in SOURCES:
         for root in {n.split(".")[0] for n in imports(path)} - optional:
-            local = root in ("dcae_jax", "configs") or root in sys.stdlib_module_names
+            local = root in own or root in sys.stdlib_module_names
             if not local and other.get(root, root).lower() not in names:
                 missing.add(f"{path.relative_to(ROOT)}: {root}")
                 assert importlib.util.find_spec(root), root
