@@ -140,7 +140,7 @@ def _receive(place: Place, me: Card, limit: float) -> "Meeting":
     """Process 0: waits for the others."""
     end, lines, cards = time.monotonic() + limit, {}, {0: me}
     with _listen(place.endpoint()[1]) as listener:
-        while len(cards) < place.count:
+        while len(cards) < place.count or _forget_dead(lines, cards):
             listener.settimeout(max(end - time.monotonic(), 0.001))
             try:
                 connection, _ = listener.accept()
@@ -185,14 +185,25 @@ def _admit(place: Place, line: _Line, lines: dict[int, _Line], cards: dict[int, 
         line.socket.close()
         return
     why = ""
+    if card.index in cards:
+        _forget_dead(lines, cards)
     if of != place.count or not 0 < card.index < place.count:
         why = f"{card} of {of} came to a run of {place.count} processes: left over from another?"
-    elif card.index in lines and not lines[card.index].closed():  # it may have been started again
+    elif card.index in cards:
         why = f"two processes have the number {card.index}: {cards[card.index]} and {card}"
     if why:
         _tell([line, *lines.values()], refused=why)
         raise UserError(f"{why}. Stop what is left over; give each process a number of its own")
     lines[card.index], cards[card.index] = line, card
+
+
+def _forget_dead(lines: dict[int, _Line], cards: dict[int, Card]) -> list[int]:
+    """Leaves out those that came and are gone: they may be started again in time."""
+    dead = [index for index, line in lines.items() if line.closed()]
+    for index in dead:
+        lines.pop(index).socket.close()
+        del cards[index]
+    return dead
 
 
 def _tell(lines: Any, **message: Any) -> None:

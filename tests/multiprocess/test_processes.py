@@ -27,6 +27,7 @@ pytestmark = pytest.mark.multiprocess
 # A small rate: Adam makes steps of that size of the rounding error of a gradient that vanishes.
 RATE = 1e-5
 FAST = ("--config.report.every=1", "--config.checkpoint.every=3", f"--config.optim.lr={RATE}")
+PLAYER = "task.adversarial.optim.lr"  # the discriminator has a rate of its own
 ENDLESS = "--config.steps=1000000"
 GONE = 43
 HOST = socket.gethostname()
@@ -62,7 +63,9 @@ def story(weights, tmp_path_factory):
     And the same run in one process, whole, and what the first two left, taken up by one.
     """
     root = tmp_path_factory.mktemp("story")
-    workdir, options = root / "several", (*FAST, ENDLESS, f"--config.init_from={weights}")
+    more = {"init_from": str(weights), PLAYER: RATE}
+    workdir = root / "several"
+    options = (*FAST, ENDLESS, *[f"--config.{k}={v}" for k, v in more.items()])
     found = types.SimpleNamespace(root=root, workdir=workdir)
     two = processes.start(2, "gan", workdir, *options)
     found.pids = [{p.pid for p in two}]
@@ -79,7 +82,7 @@ def story(weights, tmp_path_factory):
     found.valid = runs.state("gan", workdir, init_from=str(weights))[1]
     again = processes.start(2, "gan", workdir, *options)
     found.end = killed(again, 0, rf"^step {found.left + 1}/")
-    made = changes(found.saved + 3, init_from=str(weights))
+    made = changes(found.saved + 3, **more)
     assert runs.run("gan", root / "one", **made) == train.DONE
     assert runs.run("gan", root / "resumed", **made) == train.DONE
     return found
@@ -161,7 +164,7 @@ def test_what_differs_at_the_start_is_named_on_all_with_its_host(story, tmp_path
     """Another seed, another version, a workdir of its own: before anything is computed."""
     begin = time.monotonic()
     started = processes.start(
-        3, "gan", story.workdir, "--config.batch=9",
+        3, "gan", story.workdir, "--config.init_from=not looked at", "--config.batch=9",
         own={1: ["--config.seed=3"], 2: [f"--workdir={tmp_path}"]},
         env={1: older(tmp_path / "older", "optax")},
     )  # fmt: skip
@@ -277,7 +280,7 @@ def test_processes_on_latents_have_the_losses_of_one(kind, count, tmp_path):
 @pytest.mark.parametrize("count", [2, 4])
 def test_whole_runs_of_processes_end_as_one(phase, count, weights, tmp_path):
     """From scratch to the end, evaluations and the summary too."""
-    more = {} if phase == "phase1" else {"init_from": str(weights)}
+    more = {} if phase == "phase1" else {"init_from": str(weights), PLAYER: RATE}
     options = [*FAST, "--config.steps=12", *[f"--config.{k}={v}" for k, v in more.items()]]
     assert runs.run(phase, tmp_path / "one", **changes(12, **more)) == train.DONE
     codes, texts = processes.finish(processes.start(count, phase, tmp_path / "all", *options))
