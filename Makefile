@@ -21,6 +21,8 @@ export GLIBC_TUNABLES := glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.ma
 SUDO := $(if $(filter-out 0,$(shell id -u)),sudo)
 # A folder of compiled programs: the second run starts at once.
 export JAX_COMPILATION_CACHE_DIR ?= $(HOME)/.cache/dcae_jax/xla
+# `make test` leaves out half of the compiler's work (tests/conftest.py); these switch it on again.
+AS_IN_TRAINING := --xla_backend_optimization_level=3 --xla_cpu_use_fusion_emitters=true
 
 .PHONY: help setup train demo-diffusion report reproduce-dcae reproduce-dcae-demo test test-all test-slurm \
   parity lint ablation masking-study bench clean
@@ -59,8 +61,7 @@ test: $(READY)  ## the tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 test-all: $(READY)  ## with the long versions of the promises, compiled as in training
-	XLA_FLAGS="--xla_backend_optimization_level=3 --xla_cpu_use_fusion_emitters=true" \
-	  $(BIN)/python -m pytest -n 2 --dist loadfile
+	XLA_FLAGS="$(AS_IN_TRAINING)" $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slurm: $(READY)  ## the Slurm launcher on a real Slurm (Debian's packages, started here, stopped again)
 	@for p in munged slurmctld slurmd sbatch; do command -v $$p > /dev/null || missing=1; done; \
@@ -69,7 +70,7 @@ test-slurm: $(READY)  ## the Slurm launcher on a real Slurm (Debian's packages, 
 	$(BIN)/python -m pytest tests/slurm
 
 parity: $(PARITY)/.ready  ## compare with PyTorch, live (OFFICIAL=FOLDER of DC-Gen: with it too)
-	PYTHONPATH=$(OFFICIAL) $(PARITY)/bin/python -m pytest tests/parity/live
+	XLA_FLAGS="$(AS_IN_TRAINING)" PYTHONPATH=$(OFFICIAL) $(PARITY)/bin/python -m pytest tests/parity/live
 
 $(PARITY)/.ready: requirements.txt requirements-dev.txt requirements-parity.txt \
 		requirements-metrics.txt $(CONSTRAINTS)

@@ -77,17 +77,16 @@ class BlockOptions(NamedTuple):
 ACTIVATIONS: dict[Act, Callable[[Array], Array]] = {Act.relu: jax.nn.relu, Act.silu: jax.nn.silu}
 
 
-@functools.cache  # one initialiser for each fan: the tests' type checker wraps each anew
 def torch_uniform(fan_in: int) -> Callable[..., Array]:
     """U(-1/sqrt(fan_in), 1/sqrt(fan_in)): what torch's kaiming_uniform(a=sqrt(5)) comes to."""
-    bound = 1.0 / float(np.sqrt(fan_in))
+    return functools.partial(_uniform, 1.0 / float(np.sqrt(fan_in)))
 
-    def init(
-        key: PRNGKeyArray, shape: tuple[int, ...], dtype: jax.typing.DTypeLike = jnp.float32
-    ) -> Array:
-        return jax.random.uniform(key, shape, dtype, -bound, bound)
 
-    return init
+def _uniform(
+    bound: float, key: PRNGKeyArray, shape: tuple[int, ...],
+    dtype: jax.typing.DTypeLike = jnp.float32,
+) -> Array:  # fmt: skip
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
 # ----------------------------------------------------------------- pixel shuffles and shortcuts
