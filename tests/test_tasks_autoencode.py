@@ -214,7 +214,7 @@ def test_channels_beyond_the_prefix_are_not_decoded_and_get_no_gradient():
 
 def test_only_examples_that_keep_a_channel_train_what_makes_it():
     """The whole loss: columns of the encoder's output beyond the largest count get no gradient."""
-    trainer = tiny.Trainer(structured(batch=4), plainly=True)
+    trainer = tiny.Trainer(structured(batch=4))
     batch = jax.tree.map(jnp.asarray, tiny.batch(trainer.cfg))
     inputs = trainer.task.prepare(jax.random.key(0), batch, jnp.int32(0), ())
     inputs.examples["channels"] = jnp.asarray([1, 2, 2, 1])
@@ -235,7 +235,7 @@ def test_only_examples_that_keep_a_channel_train_what_makes_it():
 
 
 def test_all_channels_kept_are_the_same_gradients_bit_by_bit():
-    found = [tiny.Trainer(structured(counts), plainly=True).grads() for counts in ((), (4,))]
+    found = [tiny.Trainer(structured(c), compiled=tiny.AS_IN_TRAINING).grads() for c in ((), (4,))]
     jax.tree.map(np.testing.assert_array_equal, *found)
 
 
@@ -252,7 +252,7 @@ def test_structured_latents_agree_over_microbatches(phase, bottleneck):
     for microbatches in (1, 4):
         cfg = structured((1, 4), bottleneck, phase)
         cfg.microbatches = microbatches
-        found.append(tiny.Trainer(cfg, plainly=True).grads())
+        found.append(tiny.Trainer(cfg).grads())
     for name in found[0][0]:
         np.testing.assert_allclose(found[1][0][name], found[0][0][name], rtol=1e-5, err_msg=name)
     for term, expected in found[0][1]["ae"].items():

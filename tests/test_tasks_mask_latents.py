@@ -1,5 +1,6 @@
 """The task of masked autoencoders: loss, draws, filling in, pixels, work, mistakes in a config."""
 
+import functools
 import json
 import math
 import time
@@ -166,7 +167,7 @@ def test_filled_latents_keep_what_is_visible(trained):
         y = task.fill(variables, x, order, 6, label)
         return jnp.square(y * masked[..., None]).sum(), y
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=tiny.AS_IN_TRAINING)
     def run(x):
         visible = {"x": x, "visible": order[:, 5::-1], "label": label}
         found = task.network(variables, x, split), task.predict(variables, visible)

@@ -1,7 +1,6 @@
 """Probes: gradients and statistics of the head against numpy, what moves, mixing, mistakes."""
 
 import dataclasses
-import functools
 import re
 
 import jax
@@ -63,11 +62,6 @@ def randomised(trainer):
 def batch_of(cfg):
     """The first one, on a device."""
     return jax.tree.map(jnp.asarray, tiny.batch(cfg))
-
-
-def quick(f, *args):
-    """What f gives, compiled in a hurry."""
-    return jax.jit(f, compiler_options=tiny.PLAINLY)(*args)
 
 
 def variables(trainer):
@@ -230,7 +224,7 @@ def test_microbatches_add_up_in_fine_tuning():
     found = []
     for parts in (1, 2):
         cfg = dataclasses.replace(cfg, microbatches=parts)
-        found.append(randomised(tiny.Trainer(cfg, plainly=True)).grads())
+        found.append(randomised(tiny.Trainer(cfg)).grads())
     (one, grads), (two, other) = found
     assert one.keys() == two.keys()
     for name in one:
@@ -252,7 +246,7 @@ def shares():
     """(blends, boxes) of 3000 steps that may take either."""
     keys = jax.random.split(jax.random.key(0), 3000)
     draw = jax.vmap(lambda k: probe.mixing(k, 64, 48, 0.8, 1.0))
-    found = np.asarray(quick(draw, keys))
+    found = np.asarray(jax.jit(draw)(keys))
     boxes = np.isin(found, (0.0, 1.0)).all((1, 2))
     return found[~boxes], found[boxes] == 0
 
@@ -296,7 +290,7 @@ def test_examples_and_labels_are_mixed_by_the_same_share(mixup, cutmix):
     data = batch_of(cfg) | {"label": jnp.arange(16)}
     latent, shares = np.asarray(data["latent"]), []
 
-    @functools.partial(jax.jit, compiler_options=tiny.PLAINLY)
+    @jax.jit
     def prepared(k):
         return task.prepare(rng.key(0, k), data, k, ()).examples
 
@@ -328,7 +322,7 @@ def test_images_are_mixed_before_anything_encodes_them():
     task = cfg.task.build(cfg)
     image = np.random.default_rng(0).integers(0, 256, (16, 16, 16, 3), np.uint8)
     data = {"image": jnp.asarray(image), "label": jnp.arange(16) // 8}
-    found = quick(lambda: task.prepare(rng.key(0), data, jnp.int32(0), ()).examples)
+    found = jax.jit(lambda: task.prepare(rng.key(0), data, jnp.int32(0), ()).examples)()
     share = float(found["target"][0, 0])
     assert found["image"].dtype == jnp.uint8 and 0.01 < share < 0.99
     want = share * image + (1 - share) * image[::-1]
@@ -369,7 +363,9 @@ def test_a_uvit_is_probed_after_its_middle_block_on_clean_latents_without_a_clas
     x = jnp.asarray(gen.normal(size=(3, 4, 4, 4)), jnp.float32)
     whole = {"params": tree.unflatten(params)}
     null = {"label": jnp.full(3, 2)}
-    _, hidden = quick(lambda: uvit().build().apply(whole, x, jnp.ones(3), null, return_hidden=3))
+    _, hidden = jax.jit(
+        lambda: uvit().build().apply(whole, x, jnp.ones(3), null, return_hidden=3)
+    )()
 
     cfg = make(**{"task.model": uvit(), "task.process": FLOW})
     task = cfg.task.build(cfg)
@@ -378,7 +374,7 @@ def test_a_uvit_is_probed_after_its_middle_block_on_clean_latents_without_a_clas
     stats = {"head": {"mean": jnp.zeros(16), "var": jnp.ones(16)}}
     norm = Normalisation(jnp.zeros(4), jnp.ones(4))
     given = Variables({"net": tree.unflatten(kept), "head": head}, stats, {"norm": norm})
-    found = quick(lambda: task.predict(given, {"latent": x}))
+    found = jax.jit(lambda: task.predict(given, {"latent": x}))()
     want = np.asarray(hidden).mean(1)[:, :CLASSES] / np.sqrt(1 + 1e-6)
     np.testing.assert_allclose(found, want, rtol=1e-4, atol=1e-6)
 

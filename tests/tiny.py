@@ -115,13 +115,14 @@ def batch(cfg: RunConfig, k: int = 0) -> dict[str, np.ndarray]:
     return {"image": np.clip(image, 0, 255).astype(np.uint8), "label": label}
 
 
-PLAINLY = {"xla_backend_optimization_level": 0}  # quick to compile, slow to run
+# Where two programs, or two places of one, must give the same bits: not as conftest.py compiles.
+AS_IN_TRAINING = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}
 
 
 class Trainer:
-    """A compiled step on some of the fake devices; `plainly`: gradients are compiled so."""
+    """A compiled step on some of the fake devices; `compiled`: options for its gradients."""
 
-    def __init__(self, cfg: RunConfig, devices: int = 1, plainly: bool = False):
+    def __init__(self, cfg: RunConfig, devices: int = 1, compiled: dict | None = None):
         self.cfg = cfg
         self.task = cfg.task.build(cfg)
         self.mesh = sharding.make_mesh(cfg.mesh, jax.devices()[:devices])
@@ -132,13 +133,12 @@ class Trainer:
             self.state = jax.jit(
                 lambda: step.init_state(self.task, cfg, key),
                 out_shardings=self.shardings,
-                compiler_options=PLAINLY,  # it runs once
             )()
         self._step = step.make_train_step(self.task, cfg, self.task.static(0), self.shardings)
         self.constants = constants(cfg)
         self._grads = jax.jit(
             lambda s, b: step.loss_and_grads(self.task, cfg, s, self.constants, b),
-            compiler_options=PLAINLY if plainly else {},
+            compiler_options=compiled,
         )
 
     def grads(self, k: int = 0):

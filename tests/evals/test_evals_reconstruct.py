@@ -18,7 +18,7 @@ def scores(counts, n=5):
     (evaluator,) = cfg.evals
     evaluator.n, evaluator.pictures, evaluator.training_pictures = n, 0, 0
     evaluator.channel_counts = counts
-    trainer = tiny.Trainer(cfg, plainly=True)
+    trainer = tiny.Trainer(cfg)
     made = evaluator.build(cfg, trainer.task, sharding.make_mesh(cfg.mesh, jax.devices()[:1]))
     with jax.set_mesh(trainer.mesh):
         found = made.run(trainer.state, {}, lambda: None).scalars
@@ -53,4 +53,5 @@ def test_psnr_with_the_first_channels_against_numpy(scored):
 def test_without_counts_the_scores_are_those_of_before(scored):
     found, _, evaluator = scores(())
     assert tuple(found) == evaluator.metrics() == METRICS
-    assert all(found[name] == scored[0][name] for name in METRICS)
+    for name in METRICS:  # two programs: a pixel's reconstruction may round otherwise
+        assert found[name] == pytest.approx(scored[0][name], rel=1e-6), name

@@ -72,12 +72,11 @@ def split(keep: int = KEEP, n: int = 3) -> Split:
 
 
 # Quick to compile, slow to run.
-plainly = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def masked_apply(cfg: MDUViTConfig) -> Any:
     model = cfg.build()
-    return plainly(lambda v, inputs: model.apply(v, *inputs, split=split()))
+    return jax.jit(lambda v, inputs: model.apply(v, *inputs, split=split()))
 
 
 # ------------------------------------------------------------------------------------ parameters
@@ -108,7 +107,7 @@ def test_parameter_paths_are_those_of_a_uvit_and_pinned() -> None:
 def test_a_fresh_network_has_the_weights_of_a_fresh_uvit() -> None:
     key = jax.random.key(0, impl="rbg")  # quicker to compile
     a, b = (
-        flatten(plainly(functools.partial(transformer.init_variables, c))(key))
+        flatten(jax.jit(functools.partial(transformer.init_variables, c))(key))
         for c in (tiny(), plain(tiny()))
     )
     for path, value in b.items():
@@ -131,7 +130,7 @@ def test_with_nothing_masked_it_is_the_uvit_bit_for_bit() -> None:
     np.testing.assert_array_equal(jax.jit(model.apply)(variables, *inputs), expected)
     np.testing.assert_array_equal(whole(variables).output, expected)
     hidden = [
-        plainly(lambda v, m=m: m.apply(v, *inputs, 4)[1])(v)
+        jax.jit(lambda v, m=m: m.apply(v, *inputs, 4)[1])(v)
         for m, v in ((model, variables), (base, shared))
     ]
     np.testing.assert_array_equal(*hidden)
@@ -200,7 +199,7 @@ def test_masked_tokens_go_through_the_blocks_that_see_them(name: str, scan: bool
     variables, inputs = shaken(cfg), batch()
     params = variables["params"]
     found = masked_apply(cfg)(variables, inputs)
-    y = plainly(lambda p: by_hand(cfg, p, inputs))(params)
+    y = jax.jit(lambda p: by_hand(cfg, p, inputs))(params)
     y = np.asarray(y, np.float64)[:, 2:]
     y = (y - y.mean(-1, keepdims=True)) / np.sqrt(y.var(-1, keepdims=True) + 1e-5)
     y = y * params["norm"]["scale"] + params["norm"]["bias"]
@@ -222,7 +221,7 @@ def test_masked_tokens_are_blind_unless_they_are_carried(name: str) -> None:
     cfg = SHAPES[name]
     model, variables, (x, t, cond) = cfg.build(), shaken(cfg), batch()
 
-    @plainly
+    @jax.jit
     def gradient(x: jax.Array) -> jax.Array:
         def loss(x: jax.Array) -> jax.Array:
             found = model.apply(variables, x, t, cond, split=split())

@@ -36,7 +36,7 @@ def trainer(network, mesh=(1, 1, 1, False), microbatches=1, layers=LAYERS[0], de
     cfg = tiny.with_mesh(tiny.diffusion(network, batch=32), *mesh)
     cfg.microbatches = microbatches
     cfg.task.model.scan, cfg.task.model.remat = layers
-    found = tiny.Trainer(cfg, devices, plainly=True)
+    found = tiny.Trainer(cfg, devices)
     # DiT starts as a function of nothing: most of its gradients would be zero.
     gen, flat = np.random.default_rng(0), jax.device_get(tree.flatten(found.state.params))
     found.replace_params(

@@ -40,7 +40,7 @@ def trainer(fill, mesh=(1, 1, 1, False), microbatches=1, layers=(True, Remat.non
         cfg.task.channel_counts = (2,)  # a further pass, of the first two of four channels
     cfg.microbatches = microbatches
     config.validate(config.resolve(cfg))
-    found = tiny.Trainer(cfg, devices, plainly=True)
+    found = tiny.Trainer(cfg, devices)
     gen, flat = np.random.default_rng(0), jax.device_get(tree.flatten(found.state.params))
     found.replace_params(
         {k: v + gen.normal(0, 0.1, v.shape).astype(np.float32) for k, v in flat.items()}

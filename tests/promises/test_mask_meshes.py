@@ -34,7 +34,7 @@ def trainer(mesh=(1, 1, 1, False), microbatches=1, layers=LAYERS[0], devices=1):
     cfg = tiny.with_mesh(masks.make(cached=False, batch=32, evals=[]), *mesh)
     cfg.microbatches = microbatches
     cfg.task.model.scan, cfg.task.model.remat = layers
-    found = tiny.Trainer(cfg, devices, plainly=True)
+    found = tiny.Trainer(cfg, devices)
     # The biases start at 0.
     gen, flat = np.random.default_rng(0), jax.device_get(tree.flatten(found.state.params))
     found.replace_params(
