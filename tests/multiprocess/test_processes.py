@@ -239,10 +239,8 @@ def test_a_process_that_fails_takes_the_other_with_it(tmp_path):
     holder.communicate()
 
 
-KINDS = {
-    "diffusion": lambda: diffusing.make(steps=12), "lmd": lambda: masks.make(steps=12),
-    "masking": lambda: masking_runs.make(steps=12),
-}  # fmt: skip
+KINDS = {"diffusion": diffusing.make, "lmd": masks.make, "masking": masking_runs.make}
+LONG = 60  # steps: all is saved after each, so that the signal comes in time
 
 
 @pytest.mark.slow
@@ -251,12 +249,13 @@ KINDS = {
 def test_processes_on_latents_have_the_losses_of_one(kind, count, tmp_path):
     """Preempted by SIGTERM to the last process, saved by all; taken up by one, two and four."""
     cache = {i: {"TINY_CACHE": diffusing.cache()} for i in range(4)}
-    made = KINDS[kind]()
-    runs.change(made, changes(12))
+    made = KINDS[kind](**changes(LONG, **{"checkpoint.every": LONG}))
     assert diffusing.run(made, tmp_path / "one") == train.DONE
-    name, options = f"tests/configs/tiny_latents.py:{kind}", (*FAST, "--config.steps=12")
-    started = processes.start(count, name, tmp_path / "cut", *options, env=cache)
-    seen = processes.wait_for(started[0], r"^eval|^step 1/")
+    name, options = f"tests/configs/tiny_latents.py:{kind}", (*FAST, f"--config.steps={LONG}")
+    started = processes.start(
+        count, name, tmp_path / "cut", *options, "--config.checkpoint.every=1", env=cache
+    )
+    seen = processes.wait_for(started[0], r"^step 1/")
     os.kill(started[-1].pid, signal.SIGTERM)
     codes, texts = processes.finish(started)
     assert codes == [42] * count, (seen, texts)
@@ -272,7 +271,7 @@ def test_processes_on_latents_have_the_losses_of_one(kind, count, tmp_path):
             assert codes == [0] * others, texts
             assert f"own workdir, step {stopped}" in texts[0]
             assert len(processes.who(texts)) == others
-        same_losses(runs.rows(tmp_path / "one"), runs.rows(workdir), 1, 12)
+        same_losses(runs.rows(tmp_path / "one"), runs.rows(workdir), 1, LONG)
 
 
 @pytest.mark.slow
