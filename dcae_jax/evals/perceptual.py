@@ -89,7 +89,7 @@ class Perceptual:
             found = {"inception": extract.find_net("inception", cfg.nets or None)}
             preset = protocol.PRESETS["dcae"]
             self._extractor = extract.Extractor({"pool"}, preset, found, mesh)
-        self.params = jax.device_put(params, sharding.replicated(mesh))
+        self.params = sharding.put_whole(params, mesh)
 
     def _find(self, name: str) -> epath.Path:
         path = weights.default_path(name)
