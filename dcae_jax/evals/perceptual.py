@@ -7,7 +7,6 @@ weights of the networks are arguments of every program and are read when the eva
 import enum
 from typing import Any, Protocol, runtime_checkable
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
