@@ -16,7 +16,7 @@ from typing import NamedTuple
 import jax
 from absl import logging
 from etils import epath
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from dcae_jax import checkpoint, sharding
@@ -74,7 +74,7 @@ class Autoencoder:
         model = copy.deepcopy(self.cfg)
         if dtype is not None:
             model.dtype, model.conv_dtype = dtype, None
-        variables = jax.device_put(self.variables, NamedSharding(mesh, PartitionSpec()))
+        variables = sharding.put_whole(self.variables, mesh)
         return dataclasses.replace(self, cfg=model, variables=variables)
 
     def encode(self, images: Float[Array, "b H W c"]) -> Float[Array, "b h w f"]:

@@ -166,6 +166,22 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def put_whole(values: Any, mesh: Mesh) -> Any:
+    """A tree, which each process has, whole on every device of the mesh.
+
+    By way of the host if there are several processes: what lies on a device of this one cannot go
+    to devices of others.
+    """
+
+    def on_host(x: Any) -> Any:
+        local = isinstance(x, jax.Array) and x.is_fully_addressable
+        return np.asarray(x) if local else x
+
+    if jax.process_count() > 1:
+        values = jax.tree.map(on_host, values)
+    return jax.device_put(values, replicated(mesh))
+
+
 # ------------------------------------------------------------------------------------------- batch
 
 

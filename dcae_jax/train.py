@@ -151,7 +151,7 @@ def evaluate(cfg: RunConfig, source: str, preemption: distributed.Preemption) ->
     with jax.set_mesh(mesh), _disk_errors(workdir), provenance.lock(workdir):
         task = cfg.task.build(cfg)
         state, weights = _trained(cfg, source, mesh, task)
-        constants = jax.device_put(task.constants(training=False), sharding.replicated(mesh))
+        constants = sharding.put_whole(task.constants(training=False), mesh)
         evaluators = {e.name: e.build(cfg, task, mesh) for e in cfg.evals}  # they look for files
         reports = {}
         for name, evaluator in evaluators.items():
@@ -236,7 +236,7 @@ def _start(
         say(line)
     if isinstance(cfg.data, LatentDataConfig):
         autoencoder.require_current(cfg.data.manifest())
-    constants = jax.device_put(task.constants(training=True), sharding.replicated(mesh))
+    constants = sharding.put_whole(task.constants(training=True), mesh)
     evaluators = {e.name: e.build(cfg, task, mesh) for e in cfg.evals}  # they look at their data
     record = task.record() | evals_base.records(evaluators)
     checkpoints = checkpoint.Checkpoints(workdir, cfg.checkpoint)

@@ -100,7 +100,7 @@ def load(model: Model, mesh: "Mesh") -> "tuple[Task, Variables]":
     else:
         norm = latents.normalisation(model.run.task.latent_norm, model.manifest)
     variables = Variables(found.params, {}, {"norm": norm})
-    return task, jax.device_put(variables, sharding.replicated(mesh))
+    return task, sharding.put_whole(variables, mesh)
 
 
 def decoder(args: argparse.Namespace, model: Model, mesh: "Mesh", dtype: str) -> "Autoencoder":

@@ -76,8 +76,8 @@ class Extractor:
     ) -> None:
         self._arrays, self._preset, self._mesh = frozenset(arrays), preset, mesh
         read = {"inception": inception.load, "lpips": functools.partial(lpips.load, net=LPIPS_NET)}
-        self._params = jax.device_put(
-            {name: read[name](net.path) for name, net in nets.items()}, sharding.replicated(mesh)
+        self._params = sharding.put_whole(
+            {name: read[name](net.path) for name, net in nets.items()}, mesh
         )
 
     def pairs(self, images: Images, originals: Images) -> dict[str, Float[Array, " b"]]:

@@ -7,7 +7,6 @@ weights of the networks are arguments of every program and are read when the eva
 import enum
 from typing import Any, Protocol, runtime_checkable
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
@@ -89,7 +88,7 @@ class Perceptual:
             found = {"inception": extract.find_net("inception", cfg.nets or None)}
             preset = protocol.PRESETS["dcae"]
             self._extractor = extract.Extractor({"pool"}, preset, found, mesh)
-        self.params = jax.device_put(params, sharding.replicated(mesh))
+        self.params = sharding.put_whole(params, mesh)
 
     def _find(self, name: str) -> epath.Path:
         path = weights.default_path(name)
