@@ -10,6 +10,7 @@ import atexit
 import ctypes
 import faulthandler
 import json
+import math
 import os
 import secrets
 import selectors
@@ -51,8 +52,10 @@ class Place:
     def endpoint(self) -> tuple[str, int]:
         """(host, port); UserError if the address is neither."""
         host, _, port = self.address.rpartition(":")
-        if not (host and port.isdigit()):
-            raise UserError(f"coordinator address {self.address!r} is not HOST:PORT")
+        if not (host and port.isdigit() and 0 < int(port) < 1 << 16):
+            raise UserError(
+                f"coordinator address {self.address!r} is not HOST:PORT with a port of 1 to 65535"
+            )
         return host.strip("[]"), int(port)
 
 
@@ -72,9 +75,12 @@ def seconds() -> float:
     """How long processes wait for each other."""
     text = os.environ.get("JAX_RENDEZVOUS_SECONDS", str(SECONDS))
     try:
-        return float(text)
-    except ValueError as e:
-        raise UserError(f"JAX_RENDEZVOUS_SECONDS = {text!r} is not a number of seconds") from e
+        found = float(text)
+    except ValueError:
+        found = math.nan
+    if not 0 < found < math.inf:
+        raise UserError(f"JAX_RENDEZVOUS_SECONDS = {text!r} is not a number of seconds above 0")
+    return found
 
 
 # ------------------------------------------------------------------------------------------ lines
@@ -102,9 +108,12 @@ class _Line:
         if not found:
             raise EOFError("closed by the other side")
         *whole, self._rest = (self._rest + found).split(b"\n")
-        messages = [json.loads(line) for line in whole]
+        try:
+            messages = [json.loads(line) for line in whole]
+        except ValueError:
+            messages = [None]
         if len(self._rest) > LONGEST or not all(isinstance(m, dict) for m in messages):
-            raise ValueError("not a process of a run")
+            raise ValueError("something else than a process of a run answers there")
         return messages
 
     def closed(self) -> bool:

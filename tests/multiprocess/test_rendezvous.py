@@ -15,6 +15,7 @@ import pytest
 import runs
 
 from dcae_jax import rendezvous
+from dcae_jax.errors import UserError
 from dcae_jax.rendezvous import Card, Place, differences
 
 pytestmark = pytest.mark.multiprocess
@@ -154,3 +155,27 @@ def test_many_processes_are_told_in_a_few_words():
     assert "- devices: 3 on process 9 (host2); 4 on the 63 others" in text
     assert "and 21 more" in text and len(text) < 3000 and text.endswith("Look there.")
     assert not differences({i: {"devices": 4} for i in cards}, cards, {})
+
+
+@pytest.mark.parametrize("text", ["nan", "inf", "0", "-3", "soon"])
+def test_a_wait_that_is_no_number_of_seconds_is_refused(monkeypatch, text):
+    monkeypatch.setenv("JAX_RENDEZVOUS_SECONDS", text)
+    with pytest.raises(UserError, match=f"JAX_RENDEZVOUS_SECONDS = '{text}'"):
+        rendezvous.seconds()
+
+
+@pytest.mark.parametrize("address", ["localhost", "localhost:99999", "localhost:0", ":12355"])
+def test_an_address_that_is_none_is_refused(address):
+    with pytest.raises(UserError, match="is not HOST:PORT"):
+        Place(address, 2, 1).endpoint()
+
+
+def test_a_stranger_at_the_address_of_process_0_is_called_one():
+    with socket.create_server(("localhost", 0)) as stranger:
+        visitor = start(f"localhost:{stranger.getsockname()[1]}", 2, 1, action="end", limit=1)
+        stranger.settimeout(1)
+        while visitor.poll() is None:
+            with contextlib.suppress(OSError), stranger.accept()[0] as connection:
+                connection.sendall(b"HTTP/1.1 400 Bad Request\r\n")
+    ((code, text),) = finish([visitor])
+    assert code == 43 and "something else than a process of a run answers there" in text
