@@ -97,7 +97,7 @@ def _check_same(
         pair for name, now in new["files"].items()
         for pair in zip(before.get(name, []), now, strict=False)
     ]  # fmt: skip
-    rewritten = {(a[1], b[1]) for a, b in files if a[0] == b[0] != "" and a[1] != b[1]}
+    rewritten = [(a[1], b[1]) for a, b in files if a[0] == b[0] != "" and a[1] != b[1]]
     found = _changes(old, new, decide)
     if changes := {k: pair for k, pair in found.items() if pair not in rewritten}:
         lines = "\n".join(f"  - {k}: {short(a)} -> {short(b)}" for k, (a, b) in changes.items())
