@@ -180,20 +180,23 @@ def compute(probe: Probe) -> list[Finding]:
 
 
 def _timed(
-    fn: Callable[..., Array], inputs: tuple[Array, ...], each: bool = False
+    fn: Callable[..., Array], inputs: tuple[Array, ...], shared: bool = False
 ) -> tuple[Array, float]:
     """(output, seconds of a call), after a first one that compiles and a second that warms up.
 
-    With `each` call waited for: collectives in flight together deadlock XLA's CPU devices.
+    `shared` work of all processes: each makes as many calls, and waits for each of them, as
+    collectives in flight together deadlock XLA's CPU devices.
     """
     jax.block_until_ready(fn(*inputs))
     begin = time.perf_counter()
     out = jax.block_until_ready(fn(*inputs))
     times = min(50, max(3, int(_SECONDS / (time.perf_counter() - begin))))
+    if shared:
+        times = int(distributed.from_main(times))
     begin = time.perf_counter()
     for _ in range(times):
         out = fn(*inputs)
-        if each:
+        if shared:
             jax.block_until_ready(out)
     jax.block_until_ready(out)
     return out, (time.perf_counter() - begin) / times
@@ -243,7 +246,7 @@ def collective() -> list[Finding]:
     x = jax.make_array_from_callback(
         (len(every), length), NamedSharding(mesh, PartitionSpec("device")), rows
     )
-    out, seconds = _timed(reduce_all(mesh), (x,), each=True)
+    out, seconds = _timed(reduce_all(mesh), (x,), shared=True)
     truth = pattern * (len(every) * (len(every) + 1) // 2)  # whole numbers below 2^24: exact
     wrong = [s.device for s in out.addressable_shards if (np.asarray(s.data)[0] != truth).any()]
     if wrong:
@@ -253,8 +256,3 @@ def collective() -> list[Finding]:
         "all-reduce", f"{moved / seconds / 1e9:.3g} GB/s over {len(every)} devices "
         f"({length * 4 / 2**20:.0f} MiB each in {seconds * 1e3:.3g} ms); sums right",
     )]  # fmt: skip
-
-
-def all_well(fine: bool) -> bool:
-    """Whether it is fine on every process."""
-    return distributed.agree(fine)

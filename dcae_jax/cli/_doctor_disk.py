@@ -20,10 +20,29 @@ _PIECES = 4
 
 
 @contextlib.contextmanager
+def made(folder: epath.Path) -> Iterator[None]:
+    """The folder with its parents: the first process makes what is missing, and removes it again.
+
+    All processes enter and leave together.  If it cannot be made, the check inside says why.
+    """
+    from dcae_jax import distributed  # jax: the other checks do without
+
+    missing = _missing(folder) if distributed.is_main() else []
+    if missing:
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+    distributed.barrier("doctor: workdir made")
+    try:
+        yield
+    finally:
+        distributed.barrier("doctor: workdir left")
+        _remove(missing)
+
+
+@contextlib.contextmanager
 def scratch(folder: epath.Path) -> Iterator[epath.Path]:
     """A new folder inside; it and the parents that had to be made are removed at the end."""
-    parents = () if store.is_store(folder) else (folder, *folder.parents)
-    made = [p for p in parents if not p.exists()]
+    missing = _missing(folder)
     inner = folder / f".doctor-{uuid.uuid4().hex[:12]}"
     try:
         inner.mkdir(parents=True)
@@ -31,9 +50,20 @@ def scratch(folder: epath.Path) -> Iterator[epath.Path]:
     finally:
         with contextlib.suppress(OSError):
             inner.rmtree(missing_ok=True)
-        for path in made:
-            with contextlib.suppress(OSError):
-                path.rmdir()
+        _remove(missing)
+
+
+def _missing(folder: epath.Path) -> list[epath.Path]:
+    """The folder and its parents, as far as they are not there; object stores have none."""
+    return (
+        [] if store.is_store(folder) else [p for p in (folder, *folder.parents) if not p.exists()]
+    )
+
+
+def _remove(folders: list[epath.Path]) -> None:
+    for path in folders:
+        with contextlib.suppress(OSError, ValueError):  # the latter: not empty
+            path.rmdir()
 
 
 def workdir(folder: epath.Path) -> list[Finding]:

@@ -43,6 +43,7 @@ def settings(job: "Job") -> dict[str, Any]:
 
     return {
         "dates": {w.name: [images.dates for images in w.sets] for w in job.works()},
+        "files": {w.name: [[s.listing, s.digest] for s in w.sets] for w in job.works()},
         "part": PART,
         "results": {
             e.name: {
@@ -77,15 +78,37 @@ def check(job: "Job") -> None:
             raise UserError(
                 f"--out {job.out} is not empty and has no whole {_RECORD}; give a new folder"
             )
-    elif started and (changes := _changes(old, new, decide)):
+    elif started:
+        _check_same(job, old, new, decide)
+    outputs.write(job.out / _RECORD, json.dumps(new, indent=1).encode())
+
+
+def _check_same(
+    job: "Job", old: dict[str, Any], new: dict[str, Any], decide: tuple[str, ...]
+) -> None:
+    """UserError if the folder's evaluation is another one.
+
+    Where files have other sizes under the same names, pixels decide.
+    """
+    from dcae_jax.errors import UserError
+
+    before = old.get("files", {})
+    files = [
+        pair for name, now in new["files"].items()
+        for pair in zip(before.get(name, []), now, strict=False)
+    ]  # fmt: skip
+    rewritten = [(a[1], b[1]) for a, b in files if a[0] == b[0] != "" and a[1] != b[1]]
+    found = _changes(old, new, decide)
+    if changes := {k: pair for k, pair in found.items() if pair not in rewritten}:
         lines = "\n".join(f"  - {k}: {short(a)} -> {short(b)}" for k, (a, b) in changes.items())
+        names = "  - files of the images were added, removed or renamed\n"
         raise UserError(
-            f"--out {job.out} holds another evaluation, finished or not:\n{lines}\nGive a new "
+            f"--out {job.out} holds another evaluation, finished or not:\n"
+            f"{names if any(a[0] != b[0] for a, b in files) else ''}{lines}\nGive a new "
             "folder, or the same options to continue"
         )
-    elif started and old.get("dates") not in (None, new["dates"]):
+    if rewritten or old.get("dates") not in (None, new["dates"]):
         _look_again(job)
-    outputs.write(job.out / _RECORD, json.dumps(new, indent=1).encode())
 
 
 def _changes(old: dict[str, Any], new: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:

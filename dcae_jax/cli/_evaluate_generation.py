@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import numpy as np
     from etils import epath
 
+    from dcae_jax.diffusion.process import ProcessConfig
     from dcae_jax.diffusion.samplers import SamplerConfig
     from dcae_jax.evals.image_sets import Batch
     from dcae_jax.evals.parts import Work
@@ -152,7 +153,7 @@ def _how(record: dict[str, Any]) -> dict[str, Any]:
     guidance = record["guidance"]
     exact = record["dtype"] == "float32"
     return {
-        **_sampling(config.from_json(record["sampler"])),
+        **_sampling(config.from_json(record["sampler"]), config.from_json(record["process"])),
         "guidance": {k: v for k, v in guidance.items() if k != "class"},
         "labels": _labels(record), "classes": len(record["classes"]), "seed": record["seed"],
         "quantisation": protocol.QUANTISATION, "weights": record["weights"]["kind"].split()[0],
@@ -160,10 +161,16 @@ def _how(record: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _sampling(sampler: "SamplerConfig") -> dict[str, Any]:
-    """The sampler with its steps, if it has any, and all its other options."""
-    from dcae_jax import config
+def _sampling(sampler: "SamplerConfig", process: "ProcessConfig") -> dict[str, Any]:
+    """The sampler with its steps, if it has any, and all its other options as the process has it.
 
+    A variance that is left to the process is the one that was taken.
+    """
+    from dcae_jax import config
+    from dcae_jax.diffusion.samplers import AncestralConfig
+
+    if isinstance(sampler, AncestralConfig):
+        sampler = dataclasses.replace(sampler, variance=sampler.variance_of(process))
     options = config.to_json(sampler)
     known = {"steps": options["steps"]} if "steps" in options else {}
     rest = {k: v for k, v in options.items() if k not in ("class", "steps")}
@@ -198,6 +205,7 @@ class Samples:
     side: int
     name: str = _FOLDER
     digest: str = ""  # the protocol says what decides them
+    listing: str = ""
     dates: str = ""  # and those that were drawn here are not looked at again
 
     @contextlib.contextmanager

@@ -43,13 +43,18 @@ def _check_options(args: argparse.Namespace, asked: Asked) -> None:
     from dcae_jax.errors import UserError
     from dcae_jax.evals import protocol
 
-    compared = [m for m in asked.metrics if m != "is"]
+    paired = [m for m in asked.metrics if protocol.METRICS[m].paired]
+    compared = [m for m in asked.metrics if m in paired or protocol.METRICS[m].reference]
     if compared and not (args.against or args.reference):
         raise UserError(
             f"{', '.join(compared)} of --images {args.images}: against what? Give --against "
             "DIR_OR_NPZ or --reference NPZ"
         )
-    paired = [m for m in asked.metrics if protocol.METRICS[m].paired]
+    if args.against and not compared:
+        raise UserError(
+            f"--against {args.against}: {', '.join(asked.metrics)} compares with nothing; leave "
+            "--against out, or add a metric that compares, such as fid, to --metrics"
+        )
     if paired and (args.images.endswith(".npz") or _evaluate_job.reference_file(args)):
         raise UserError(
             f"{_compare(paired)} images of one name: give two folders, --images DIR --against DIR"
@@ -225,10 +230,10 @@ def _pixels(asked: Asked, work: "Work", other: "Work | None", paired: bool) -> "
     mine = Pixels(work, 0, "subject", ("pixels",))
     if other is None:
         return (mine,)
+    if not paired:
+        return mine, Pixels(other, 0, "protocol", ("reference_pixels",))
     compared = ["reference_pixels"] if asked.reference_arrays() else []
-    if paired:
-        return mine, Pixels(work, 1, "protocol", ("originals_pixels", *compared))
-    return mine, Pixels(other, 0, "protocol", (*compared,))
+    return mine, Pixels(work, 1, "protocol", ("originals_pixels", *compared))
 
 
 def _works(

@@ -7,6 +7,7 @@ code 0: fit (warnings allowed), 1: something failed, 2: wrong usage.  Nothing st
 Start it on every host of a job as training is started, and it checks the network between them too.
 """
 
+import contextlib
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -36,9 +37,9 @@ def main(argv: list[str]) -> int:
     report.add(attempt("host", _doctor_host.host, "look at the limits of this container"))
     if report.failed and not _importable(report):
         return 1
-    if _start(report):
+    if joined := _start(report):
         _devices(report, args)
-    _disk(report, args)
+    _disk(report, args, joined)
     return report.end()
 
 
@@ -115,8 +116,8 @@ def _devices(report: _Report, args: Any) -> None:
         report.add(attempt("all-reduce", on.collective, mend))
 
 
-def _disk(report: _Report, args: Any) -> None:
-    """Compile cache, workdir, and its room."""
+def _disk(report: _Report, args: Any, joined: bool) -> None:
+    """Compile cache, workdir, and its room; processes that have joined share the workdir."""
     from etils import epath
 
     from dcae_jax.cli import _doctor_disk
@@ -130,8 +131,9 @@ def _disk(report: _Report, args: Any) -> None:
         return
     workdir = epath.Path(args.workdir).expanduser()
     mend = "give a --workdir that exists or can be made"
-    report.add(attempt("workdir", lambda: _doctor_disk.workdir(workdir), mend))
-    report.add(attempt("space", lambda: _space(workdir, args.config), mend))
+    with _doctor_disk.made(workdir) if joined else contextlib.nullcontext():
+        report.add(attempt("workdir", lambda: _doctor_disk.workdir(workdir), mend))
+        report.add(attempt("space", lambda: _space(workdir, args.config), mend))
 
 
 def _space(workdir: "epath.Path", given: str | None) -> list[Finding]:

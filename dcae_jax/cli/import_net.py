@@ -5,6 +5,8 @@ its tensors.  They are read without PyTorch, their SHA256 is compared with the p
 what is written records where they came from.  inception needs one file (96 MB); LPIPS two: the
 backbone of torchvision (AlexNet 244 MB, VGG16 528 MB; only its convolutions are kept) and the
 linear heads, version 0.1 (a few kB; also in the PyPI package lpips, in lpips/weights/v0.1).
+The LPIPS of `evaluate` is that of lpips-alex, as DC-AE's scores are; lpips-vgg serves training
+alone, its loss and its evaluators (lpips=vgg).
 """
 
 import argparse

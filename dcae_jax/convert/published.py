@@ -33,14 +33,16 @@ class Comparison(NamedTuple):
     within: bool  # ours rounds to what was published, or lies on the edge of that
 
 
+_RESIZE = {"resize.features": "half_pixel"}  # before FID's network: pytorch-fid's
+
+
 def _reconstruction(
     weights: str, data: str, n: int, resolution: int, scores: Mapping[str, str], source: str,
     note: str = "",
 ) -> Published:  # fmt: skip
     name = f"{data}-{resolution}"  # rFID is to the originals themselves
     protocol = {
-        "preset": "dcae", "data": name, "reference": name, "reference_n": n, "n": n,
-        "dtype": "float32",
+        "data": name, "reference": name, "reference_n": n, "n": n, "dtype": "float32", **_RESIZE,
     }  # fmt: skip
     return Published(weights, "autoencoder", protocol, scores, source, note)
 
@@ -52,17 +54,17 @@ _SAMPLERS: dict[str, dict[str, Any]] = {
         "sampler": "dopri5", "sampler_options.rtol": 1e-3, "sampler_options.atol": 1e-6,
         "sampler_options.end": 0.0,
     },
-    "dit": {"sampler": "ddpm", "steps": 250, "sampler_options.variance": None},
+    "dit": {"sampler": "ddpm", "steps": 250, "sampler_options.variance": "learned"},
 }  # fmt: skip
 
 
 def _generation(weights: str, guidance: float, fid: str) -> Published:
     family = next(name for name in _SAMPLERS if f"-{name}-" in weights)
     protocol = {
-        "preset": "dcae", "n": 50_000, "resolution": 512, "labels": "random",
+        "n": 50_000, "resolution": 512, "labels": "random", "seed": 0, "dtype": "float32",
         "guidance.scale": guidance, "guidance.reference": "null_class", "guidance.start": 0.0,
         "guidance.stop": 1.0, "guidance.channels": 0, "reference_n": _TRAINING_IMAGES,
-        "decoder_release": weights.partition(f"-{family}-")[0], **_SAMPLERS[family],
+        "decoder_release": weights.partition(f"-{family}-")[0], **_SAMPLERS[family], **_RESIZE,
     }  # fmt: skip
     return Published(weights, "generation", protocol, {"gfid": fid}, README)
 
@@ -124,7 +126,7 @@ def misses(published: Published, protocol: dict[str, Any]) -> dict[str, tuple[An
     ours = config.flatten(protocol)
     wanted = {
         k: v for k, v in published.protocol.items()
-        if not k.startswith("reference") or "reference" in ours
+        if not k.startswith(("reference", *_RESIZE)) or "reference" in ours
     }  # fmt: skip
     found = {name: (ours.get(name), value) for name, value in wanted.items()}
     return {name: pair for name, pair in found.items() if pair[0] != pair[1]}

@@ -374,6 +374,12 @@ def fingerprint(cfg: DataConfig) -> str:
     return sources.digest(source.fingerprint(), cfg.split, str(cfg.min_size))
 
 
+def listing(cfg: DataConfig) -> str:
+    """Digest of which record stands at which position, whatever is in it: of files, their names."""
+    rows = [f"{sources.listing(part.source)}:{part.weight}" for part in _parts(cfg)]
+    return sources.digest("listing", cfg.split, *rows)
+
+
 def describe(cfg: DataConfig) -> dict[str, Any]:
     """What a run prints about its data: names, numbers of records, classes, crop, fingerprint."""
     source = open_source(cfg)
@@ -413,6 +419,10 @@ class _Subset:
     def fingerprint(self) -> str:
         """Digest of the source and of which records are kept."""
         return sources.digest(self._source.fingerprint(), self._kept.tobytes().hex())
+
+    def listing(self) -> str:
+        """Digest of the source's listing and of which records are kept."""
+        return sources.digest(sources.listing(self._source), self._kept.tobytes().hex())
 
 
 class _SmallShuffle(grain.MapDataset):

@@ -363,18 +363,26 @@ class FolderSource:
         with (self._root / self._names[index]).open("rb") as file:
             return transforms.image_size(file)
 
+    def listing(self) -> str:
+        """Digest of the names of all files (below the folder), whatever is in them."""
+        return digest("listing", *self._names)
+
     def fingerprint(self) -> str:
         """Digest of every file's name (below the folder) and size in bytes."""
-        rows = zip(self._names, self._stats(), strict=True)
-        return digest("folder", *(f"{name}:{stat.length}" for name, stat in rows))
+        return self._digests[0]
 
     def dates(self) -> str:
         """Digest of when every file was last written, in seconds."""
-        return digest("dates", *(str(stat.mtime) for stat in self._stats()))
+        return self._digests[1]
 
-    def _stats(self) -> list[Any]:
+    @functools.cached_property
+    def _digests(self) -> tuple[str, str]:
+        """That of names and sizes and that of dates: each file is asked once."""
         with futures.ThreadPoolExecutor(_SCAN_THREADS) as pool:
-            return list(pool.map(lambda name: (self._root / name).stat(), self._names))
+            stats = list(pool.map(lambda name: (self._root / name).stat(), self._names))
+        rows = zip(self._names, stats, strict=True)
+        names = digest("folder", *(f"{name}:{stat.length}" for name, stat in rows))
+        return names, digest("dates", *(str(stat.mtime) for stat in stats))
 
 
 class MixtureSource:
@@ -418,6 +426,20 @@ class MixtureSource:
 def parts_of(source: Source) -> tuple[Part, ...]:
     """A mixture's members; any other source as the only member."""
     return source.parts if isinstance(source, MixtureSource) else (Part(source.name, source),)
+
+
+@runtime_checkable
+class Listed(Protocol):
+    """A source whose records may change while their names and places stay."""
+
+    def listing(self) -> str:
+        """A digest of which record stands at which position, whatever is in it."""
+        ...
+
+
+def listing(source: Source) -> str:
+    """The same of any source: of one that is written once, its fingerprint."""
+    return source.listing() if isinstance(source, Listed) else source.fingerprint()
 
 
 def dates(source: Source) -> str:

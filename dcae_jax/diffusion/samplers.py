@@ -137,6 +137,11 @@ class AncestralConfig:
             )
         return found
 
+    def variance_of(self, process: ProcessConfig) -> Variance:
+        """The variance that is taken on this process."""
+        learned = Variance.learned if process.learn_variance else Variance.posterior
+        return learned if self.variance is None else Variance(self.variance)
+
     def build(self, process: Process) -> "Ancestral":
         """The sampler; UserError lists all problems."""
         return Ancestral(self, process)
@@ -403,11 +408,10 @@ class Ancestral(Sampler):
 
     def _mix(self, found: Prediction) -> Latents | float:
         """The share of log beta in the log variance."""
-        learned = self.process.cfg.learn_variance
-        kind = self.cfg.variance or (Variance.learned if learned else Variance.posterior)
-        if Variance(kind) is Variance.learned:
+        kind = self.cfg.variance_of(self.process.cfg)
+        if kind is Variance.learned:
             return found.variance_mix
-        return 1.0 if Variance(kind) is Variance.beta else 0.0
+        return 1.0 if kind is Variance.beta else 0.0
 
 
 class DDIM(Sampler):

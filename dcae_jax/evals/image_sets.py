@@ -32,6 +32,7 @@ class ImageSet(Protocol):
 
     name: str  # for people
     digest: str  # of which images these are: of names and sizes of files, not of their pixels
+    listing: str  # of which file is at which position; "" where the digest is of what is in them
     dates: str  # of when its files were written; "" where the digest is of what is in them
     n: int
     side: int  # height and width in pixels
@@ -54,6 +55,7 @@ class Records:
         self._order = _order(data, n, picked)
         self.name, self.n, self.side = name, len(self._order), data.resolution
         self.digest, self.dates = data.fingerprint(), sources.dates(pipeline.open_source(data))
+        self.listing = sources.digest(pipeline.listing(data), repr(picked))
 
     @contextlib.contextmanager
     def batches(self, wanted: Int64[np.ndarray, " k"], batch: int) -> Iterator[Iterator[Batch]]:
@@ -77,7 +79,7 @@ def _batch(row: dict[str, np.ndarray]) -> Batch:
 class NpzImages:
     """The images of an npz, the first n of them."""
 
-    dates = ""
+    listing = dates = ""
 
     def __init__(
         self, images: ImagesNpz, name: str, digest: str, side: int, n: int | None = None

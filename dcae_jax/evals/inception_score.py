@@ -39,7 +39,7 @@ class InceptionScore(NamedTuple):
     """Mean and standard deviation (divided by their number) over the splits."""
 
     mean: float
-    std: float
+    std: float | None  # None of one split, which says nothing of how sure its score is
 
 
 def inception_score(
@@ -56,7 +56,7 @@ def inception_score(
         )
     require_finite(logits)
     scores = [_score(logits[part].astype(np.float64)) for part in splits.of(len(logits))]
-    return InceptionScore(float(np.mean(scores)), float(np.std(scores)))
+    return InceptionScore(float(np.mean(scores)), float(np.std(scores)) if scores[1:] else None)
 
 
 def _score(logits: Float64[np.ndarray, "n k"]) -> float:

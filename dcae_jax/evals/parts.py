@@ -257,9 +257,10 @@ def refuse_bad(bad: list[tuple[str, str]]) -> None:
         more = f"\n  and {len(bad) - _NAMED} more" if len(bad) > _NAMED else ""
         raise UserError(
             f"{len(bad)} image(s) cannot be used, and scores are of exactly N images:\n  {listed}"
-            f"{more}\nMend or remove them (python -m dcae_jax data-check lists all of a data set), "
-            "or run the same command with --skip-bad: it goes on from here, and the scores say how "
-            "many were left out"
+            f"{more}\nMend them (python -m dcae_jax data-check lists all of a data set) and run "
+            "the same command, or run it with --skip-bad, and the scores say how many were left "
+            "out: either goes on from here. With files removed or renamed it is another set of "
+            "images, which needs a new --out"
         )
 
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from dcae_jax import config, outputs
+from dcae_jax.convert import published
 from dcae_jax.report import pages, phases, results
 from dcae_jax.report.pages import Table
 from dcae_jax.report.results import Beside, Group, Result
@@ -71,11 +72,12 @@ def _section(number: int, group: Group, every: Sequence[Group], weights: str | N
     names, notes = group.scores(), []
     rows = [_row(result, group, names, notes) for result in group.results]
     pairs = results.beside(group.results, weights)
-    same = {pair.published.weights: pair for pair in pairs if pair.any_compares}
-    rows += [_published_row(pair, names, notes) for pair in same.values()]
+    rows += _published_rows(pairs, names, notes)
     shown = [pair for pair in pairs if weights or pair.any_compares]
     others = (f"Published for another protocol: {_elsewhere(p)}" for p in pairs if p not in shown)
     elsewhere = list(dict.fromkeys(others))
+    if weights and not pairs:
+        elsewhere.append(_other_kind(group, weights))
     return Section(
         number,
         _title(group, every),
@@ -104,6 +106,18 @@ def _elsewhere(pair: Beside) -> str:
     return f"{scores} of {pair.published.weights} ({pair.published.source}; {pair.why_not})."
 
 
+def _other_kind(group: Group, weights: str) -> str:
+    """Why nothing that is published of these weights stands beside this table."""
+    kinds = dict.fromkeys(there.kind for there in published.PUBLISHED if there.weights == weights)
+    known, own = (
+        " and ".join(results.KINDS.get(kind, kind).lower() for kind in some)
+        for some in (kinds, [group.kind])
+    )
+    return (
+        f"Nothing published of {weights} stands beside {own}: its published scores are of {known}."
+    )
+
+
 def _row(result: Result, group: Group, names: Sequence[str], notes: list[str]) -> Row:
     cells = [_cell(result, group, name, notes) for name in names]
     return Row(result.label, about(result), result.file, cells)
@@ -129,14 +143,28 @@ def _noted(note: str, notes: list[str]) -> int:
     return notes.index(note) + 1
 
 
-def _published_row(pair: Beside, names: Sequence[str], notes: list[str]) -> Row:
-    """The published scores of the table's protocol."""
-    there = pair.published
-    known = {name: text for name, text in there.scores.items() if pair.compares(name)}
-    cells = [Cell(known.get(name, "–"), faint=name not in known) for name in names]
-    if there.note:  # it stands here, and not below as well
-        cells[0] = cells[0]._replace(notes=(_noted(f"published: {there.note}", notes),))
-    return Row(f"{there.weights}, published", there.source, None, cells)
+def _published_rows(pairs: Sequence[Beside], names: Sequence[str], notes: list[str]) -> list[Row]:
+    """Of each weights the published scores of the table's protocol.
+
+    Of each score that is told by a result that has it: others of the table may lack the fields in
+    which its protocol differs.
+    """
+    known: dict[str, dict[str, str]] = {}
+    about = {pair.published.weights: pair.published for pair in pairs}
+    for pair in pairs:
+        found = known.setdefault(pair.published.weights, {})
+        found |= {
+            name: text for name, text in pair.published.scores.items()
+            if name in pair.result.scores and pair.compares(name)
+        }  # fmt: skip
+    rows = []
+    for weights, found in known.items():
+        cells = [Cell(found.get(name, "–"), faint=name not in found) for name in names]
+        there = about[weights]
+        if found and there.note:  # it stands here, and not below as well
+            cells[0] = cells[0]._replace(notes=(_noted(f"published: {there.note}", notes),))
+        rows += [Row(f"{weights}, published", there.source, None, cells)] if found else []
+    return rows
 
 
 def _label(group: Group, name: str) -> str:

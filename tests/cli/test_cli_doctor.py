@@ -2,11 +2,14 @@
 
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
 import numpy as np
+import processes
 import pytest
+import runs
 from etils import epath
 
 from dcae_jax import config, flags, inspect, store
@@ -195,3 +198,21 @@ def test_clients_keep_no_listings():
     for name in ("gcs", "s3"):
         told = fsspec.config.apply_config(type("X", (), {"protocol": name}), {})
         assert told["use_listings_cache"] is False
+
+
+@pytest.mark.multiprocess
+def test_two_processes_check_the_network_and_one_workdir(tmp_path):
+    """Their timings differ, the number of their all-reduces must not; the folder is shared."""
+    found = {"JAX_COORDINATOR_ADDRESS": processes.address(), "JAX_NUM_PROCESSES": 2}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-m", "dcae_jax", "doctor", "--workdir", str(tmp_path / "new")],
+            cwd=ROOT, env=runs.environment(**found, JAX_PROCESS_ID=i), text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )
+        for i in range(2)
+    ]  # fmt: skip
+    codes, texts = processes.finish(started)
+    assert codes == [0, 0], texts
+    assert re.search(r"ok +all-reduce .* over 2 devices .* sums right", texts[0])
+    assert not (tmp_path / "new").exists()

@@ -433,6 +433,35 @@ def test_bad_images_stop_or_are_counted(command, given, folder, small_parts, tmp
     assert code == 2 and "0 image(s) are too few" in complaints
 
 
+def test_a_mended_image_costs_its_own_part_alone(
+    command, given, folder, small_parts, tmp_path, monkeypatch
+) -> None:
+    good = (folder / "4.png").read_bytes()
+    (folder / "4.png").write_bytes(good[:500])
+    given = [*given, "--metrics", "latent-rms", "--images", folder, "--resolution", 24]
+    code, _, complaints = command(*given)
+    assert code == 2 and "Mend them" in complaints and "needs a new --out" in complaints
+    pipeline._OPEN.clear()  # as in a new process
+    (folder / "3.png").rename(folder / "33.png")
+    code, _, complaints = command(*given)
+    assert code == 2 and "files of the images were added, removed or renamed" in complaints
+    (folder / "33.png").rename(folder / "3.png")
+    (folder / "4.png").write_bytes(good)
+    pipeline._OPEN.clear()
+    code, said, complaints = command(*given)
+    assert code == 0 and "1 part(s) are of images that have changed" in said, complaints
+    assert "1 part(s) there already" in said
+    assert record(tmp_path / "out")["results"][0]["protocol"]["n"] == 5
+    Image.open(folder / "0.png").save(folder / "0.png", compress_level=0)
+    pipeline._OPEN.clear()
+    code, said, complaints = command(*given)
+    assert code == 0 and "is finished already" in said, "the same pixels in a larger file"
+    shutil.copy(folder / "1.png", folder / "0.png")
+    pipeline._OPEN.clear()
+    code, _, complaints = command(*given)
+    assert code == 2 and "holds the scores of other images" in complaints
+
+
 def test_a_network_that_is_not_finite_names_the_image(command, given, tmp_path) -> None:
     net = autoencoder.load(str(given[2]), InitWeights.params)
     decoder = jax.tree.map(jnp.asarray, net.variables["params"]["decoder"])

@@ -190,6 +190,7 @@ def test_mistakes_are_told_before_anything_is_computed(
     for options, message in (
         ([], "nothing to evaluate: give --from, or --images"),
         (["--images", made], "against what? Give --against"),
+        ([*pair, "--metrics", "is"], f"--against {val}: is compares with nothing; leave"),
         ([*pair, "--reference", "x.npz"], "both name what is compared with"),
         ([*pair, "--config=configs/demo.py"], "--config is for --from"),
         ([*pair, "--metrics", "rfid"], "did you mean fid?"),

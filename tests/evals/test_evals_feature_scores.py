@@ -87,6 +87,7 @@ def test_inception_score_is_its_definition():
     found = inception_score(logits)
     assert found.mean == pytest.approx(np.mean(scores), rel=1e-12)
     assert found.std == pytest.approx(np.std(scores), rel=1e-9)
+    assert inception_score(logits, ADM).std is None, "one split has no deviation"
     with pytest.raises(UserError, match="10 images or more, got 9"):
         inception_score(logits[:9])
 

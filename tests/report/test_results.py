@@ -1,5 +1,6 @@
 """results.html and results.md: what stands beside what, what is told, what is refused."""
 
+import dataclasses
 import json
 import pathlib
 import urllib.parse
@@ -15,7 +16,10 @@ from dcae_jax import config
 from dcae_jax.cli import _evaluate_generation, _sample_job
 from dcae_jax.convert import published, releases
 from dcae_jax.diffusion.process import Kind, ProcessConfig
+from dcae_jax.diffusion.samplers import Variance
 from dcae_jax.errors import UserError
+from dcae_jax.evals.protocol import PRESETS
+from dcae_jax.nets.inception import Resize
 from dcae_jax.report import comparison, results, results_page
 
 FEW = "not comparable (N = 64 < 2048: the covariance of 2048 features is singular)"
@@ -31,7 +35,7 @@ def cells(made, row=0, section=0):
 def guided(scale):
     drawn = {
         "sampler": "dpm_fast", "steps": 30, "sampler_options": {"end": 0.001}, "labels": "random",
-        "reference_n": 1_281_167, "decoder_release": IN64,
+        "seed": 0, "reference_n": 1_281_167, "decoder_release": IN64,
     }  # fmt: skip
     guidance = {
         "scale": scale, "reference": "null_class", "start": 0.0, "stop": 1.0, "channels": 0
@@ -277,13 +281,17 @@ def test_published_scores_are_of_their_reference_and_their_sampler():
     assert not published.misses(there, protocol())
     other = published.misses(there, protocol(reference="imagenet-train-512"))
     assert other == {"reference": ("imagenet-train-512", "imagenet-val-512")}
-    alone = protocol(reference=None, reference_digest=None)
+    alone = protocol(reference=None, reference_digest=None, resize=None, preset="adm")
     assert not published.misses(there, alone)  # PSNR and its like have no reference
     first = published.of(f"{IN64}-uvit-h-in-512px", "generation")[0]
     assert not published.misses(first, guided(1.0))
     wrong = guided(1.0) | {"reference_n": 10_000, "sampler": "euler", "steps": 5}
     assert published.misses(first, wrong) == {
         "reference_n": (10_000, 1_281_167), "sampler": ("euler", "dpm_fast"), "steps": (5, 30),
+    }  # fmt: skip
+    wrong = guided(1.0) | {"seed": 3, "dtype": "bfloat16", "resize": {"features": "tf1"}}
+    assert published.misses(first, wrong) == {
+        "seed": (3, 0), "dtype": ("bfloat16", "float32"), "resize.features": ("tf1", "half_pixel"),
     }  # fmt: skip
     wrong = guided(1.0) | {"sampler_options": {"end": 0.01}, "decoder_release": None}
     wrong["guidance"]["reference"] = "weak_model"
@@ -299,8 +307,14 @@ def test_what_is_published_of_each_family_is_what_sample_draws_by_default():
     found = {}
     for kind, family in kinds.items():
         sampler, _ = _sample_job._published(ProcessConfig(kind=kind))
-        how = _evaluate_generation._sampling(sampler)
+        process = ProcessConfig(kind=kind, learn_variance=family == "dit")
+        how = _evaluate_generation._sampling(sampler, process)
         found[family] = config.flatten(how)
+        if family == "dit":
+            named = dataclasses.replace(sampler, variance=Variance.learned)
+            assert _evaluate_generation._sampling(named, process) == how
+            plain = _evaluate_generation._sampling(sampler, ProcessConfig(kind=kind))
+            assert plain["sampler_options"] == {"variance": "posterior"}
     for there in (p for p in published.PUBLISHED if p.kind == "generation"):
         how = next(how for family, how in found.items() if f"-{family}-" in there.weights)
         wanted = {k: v for k, v in there.protocol.items() if k.startswith(("sampler", "steps"))}
@@ -319,6 +333,42 @@ def test_another_reference_keeps_rfid_apart_and_not_the_scores_of_pairs(tmp_path
     assert said in results_page.console(made)
     row = dict(zip(made[0].names, made[0].rows[-1].cells, strict=True))
     assert (row["rfid"].text, row["psnr"].text) == ("–", "26.149"), "in the table likewise"
+
+
+def test_a_preset_keeps_apart_what_depends_on_its_resize_alone(tmp_path):
+    adm = protocol(preset="adm", resize={"features": Resize.tf1.value})
+    write(tmp_path, result(protocol=adm))
+    (found,) = gather(tmp_path)[0].beside
+    assert [x.score for x in found.lines if x.verdict == "not comparable"] == ["rfid"]
+    assert found.why_not == "resize.features tf1 here, half_pixel there"
+    wanted = published.of(IN64, "autoencoder")[0].protocol["resize.features"]
+    assert wanted == PRESETS["dcae"].features.value
+
+
+def test_a_score_gets_the_published_one_of_results_that_have_it(tmp_path):
+    """PSNR alone has no reference, and says nothing of the rFID to another one in its table."""
+    other = protocol(reference="imagenet-train-512")
+    alone = protocol(reference=None, reference_digest=None, reference_n=None, resize=None)
+    alone |= {"nets": {}}
+    psnr = {"psnr": {"label": "psnr50k[imagenet-val-512]"}}
+    for first, second in ("ab", "ba"):
+        write(tmp_path / first, result(protocol=other))
+        found = metrics_files.result(scores={"psnr": 26.15}, about=psnr, protocol=protocol())
+        write(tmp_path / second, found | {"protocol": alone})
+        (made,) = gather(tmp_path)
+        row = dict(zip(made.names, made.rows[-1].cells, strict=True))
+        assert (row["rfid"].text, row["psnr"].text) == ("–", "26.149"), first
+
+
+def test_a_release_of_another_kind_is_told(tmp_path):
+    write(tmp_path, result(kind="images", scores={"psnr": 26.0}))
+    made = gather(tmp_path, weights=IN64)
+    assert not made[0].beside
+    said = (
+        f"Nothing published of {IN64} stands beside folders of images: its published scores are of "
+        "autoencoders."
+    )
+    assert said in results_page.console(made) and not gather(tmp_path)[0].elsewhere
 
 
 # ---------------------------------------------------------------------------------------- the page
