@@ -48,7 +48,7 @@ def start(
     _compare_devices(expect_devices)
     if jax.process_count() > 1:
         if workdir is not None and mode == "train":
-            _compare_workdir(checkpoint.absolute(workdir))
+            _compare_workdir(checkpoint.home(workdir))
         _say(cfg)
     config_lib.validate(cfg, jax.device_count())
     compile_cache(cfg.compile_cache)
@@ -75,7 +75,7 @@ def _start_step(workdir: str | None) -> int | None:
     """Step of the newest good checkpoint that this process sees; None without one."""
     if workdir is None:
         return None
-    meta = checkpoint.newest_meta(checkpoint.absolute(workdir))
+    meta = checkpoint.newest_meta(checkpoint.home(workdir))
     return meta["step"] if meta else None
 
 

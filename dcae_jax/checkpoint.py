@@ -272,9 +272,14 @@ def load_weights(
 
 def absolute(path: str) -> epath.Path:
     """The path in a form that does not depend on the current folder (Orbax needs that)."""
-    store.require_checkpoints(path)
     whole = epath.Path(path).expanduser()
     return whole if store.is_store(path) else whole.resolve()
+
+
+def home(path: str) -> epath.Path:
+    """`absolute`, of a folder with checkpoints; UserError where Orbax cannot keep any."""
+    store.require_checkpoints(path)
+    return absolute(path)
 
 
 def find_source(source: str, name: str = "source") -> tuple[epath.Path, list[int]]:
@@ -282,7 +287,7 @@ def find_source(source: str, name: str = "source") -> tuple[epath.Path, list[int
 
     `name`: what the user calls it, for the message.
     """
-    path = absolute(source)
+    path = home(source)
     if _is_step(path):
         return path.parent, [int(path.name)]
     for folder in (path / "checkpoints", path):

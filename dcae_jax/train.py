@@ -88,7 +88,7 @@ def train(
 
     0: done.  1: stopped by a non-finite loss (the last good state is saved).  42: preempted, saved.
     """
-    path = checkpoint.absolute(workdir)
+    path = checkpoint.home(workdir)
     mesh = sharding.make_mesh(cfg.mesh)
     with jax.set_mesh(mesh), _disk_errors(path), provenance.lock(path):
         if provenance.is_finished(path, cfg, force):

@@ -12,7 +12,7 @@ import pytest
 import runs
 from etils import epath
 
-from dcae_jax import provenance
+from dcae_jax import checkpoint, provenance
 from dcae_jax.errors import UserError
 from dcae_jax.report import html, phases, writers
 
@@ -80,3 +80,10 @@ def test_a_writer_that_dies_leaves_the_old_object(workdir):
         file.write("{")
         raise RuntimeError
     assert provenance.read(workdir)["data"] == "digest"
+
+
+def test_checkpoints_are_refused_where_orbax_keeps_none():
+    for path in ("s3://bucket/run", "fake://bucket/run"):
+        with pytest.raises(UserError, match=f"{path}: checkpoints can be on a disk or on gs://"):
+            checkpoint.find_source(path)
+    assert str(checkpoint.home("gs://bucket/run")) == "gs://bucket/run"

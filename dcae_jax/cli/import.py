@@ -36,7 +36,7 @@ def main(argv: list[str]) -> int:
     from dcae_jax.errors import UserError
 
     _refuse_workdir(args.source)
-    out = checkpoint.absolute(args.out)
+    out = checkpoint.home(args.out)
     with folder.filling(out, ours=("checkpoints",)):
         backend.compile_cache("auto")
         if mae_from_torch.recognises(args.source, args.part):
