@@ -30,15 +30,18 @@ class Backend:
     processes: int = 1  # of each trial, local
     gpus: tuple[tuple[str, ...], ...] = ()  # of each slot; (): as the environment says
 
-    def command(self, main_flags: Sequence[str], slot: int, trial: str) -> list[str]:
-        """The process that runs a trial to its end."""
+    def command(self, main_flags: Sequence[str], slot: int, trial: str, job_file: str) -> list[str]:
+        """The process that runs a trial to its end.
+
+        `job_file`: where a launcher keeps the number of its job; with the same file it joins it.
+        """
         options = self._options(slot, trial)
         if self.kind is Kind.local and self.processes == 1 and not options:
             return [sys.executable, os.path.join(self.root, "main.py"), *main_flags]
         if self.kind is Kind.local:
             options = ["--processes", str(self.processes), *options]
         if self.kind is Kind.slurm:
-            options = ["--wait", *options]
+            options = ["--wait", f"--job-file={job_file}", *options]
         script = os.path.join(self.root, "launch", f"{self.kind.value}.py")
         return [sys.executable, script, *options, "--", *main_flags]
 

@@ -5,6 +5,7 @@
     starts/NAME.N.json      of its N-th start, written by that start's keeper: process, exit code
     runs/NAME/              workdirs
     logs/NAME.N.txt         what start N printed
+    jobs/NAME.txt           number of its Slurm job, written by launch/slurm.py
     results.csv  sweep.html
 
 Each file has one writer, and nothing is listed: a store whose listings lag behind serves as well.
@@ -12,6 +13,7 @@ Each file has one writer, and nothing is listed: a store whose listings lag behi
 
 import dataclasses
 import enum
+import hashlib
 import json
 import os
 import time
@@ -131,6 +133,16 @@ class Folder:
     def kept_path(self, name: str, number: int) -> epath.Path:
         """The keeper's file of a start."""
         return self.path / "starts" / f"{name}.{number}.json"
+
+    def job_file(self, name: str) -> str:
+        """Where launch/slurm.py keeps the number of a trial's job.
+
+        Of a sweep in an object store: below ~/.cache/dcae_jax, as a plain file is needed.
+        """
+        if not self.remote:
+            return os.fspath(self.path / "jobs" / f"{name}.txt")
+        digest = hashlib.sha256(os.fspath(self.path).encode()).hexdigest()[:16]
+        return os.path.expanduser(f"~/.cache/dcae_jax/sweeps/{digest}/{name}.txt")
 
     def manifest(self) -> Manifest | None:
         """None where there is no sweep yet."""

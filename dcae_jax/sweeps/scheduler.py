@@ -17,7 +17,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from dcae_jax.report import progress, writers
 from dcae_jax.sweeps import processes
-from dcae_jax.sweeps.backends import Backend
+from dcae_jax.sweeps.backends import Backend, Kind
 from dcae_jax.sweeps.definition import Base, Trial
 from dcae_jax.sweeps.folder import Folder, Kept, Record, Silence, Start, State
 
@@ -178,12 +178,15 @@ class Scheduler:
         flags = [
             *self._base.flags(), *trial.flags(), f"--workdir={self._folder.workdir(record.name)}"
         ]  # fmt: skip
+        job_file = self._folder.job_file(record.name)
+        if self._backend.kind is Kind.slurm:
+            os.makedirs(os.path.dirname(job_file), exist_ok=True)
         child = processes.gated(
             [
                 sys.executable, "-m", "dcae_jax.sweeps.keeper",
                 str(self._folder.kept_path(record.name, number)),
                 str(self._folder.log(record.name, number)),
-                *self._backend.command(flags, slot, record.name),
+                *self._backend.command(flags, slot, record.name, job_file),
             ],
             self._backend.environment(slot), subprocess.DEVNULL,
         )  # fmt: skip

@@ -142,7 +142,8 @@ def _dry_run(job: Job, trials: Sequence[Trial]) -> int:
         slot = i % job.options.slots
         workdir = f"--workdir={job.folder.workdir(trial.name)}"
         flags = [*job.base.flags(), *trial.flags(), workdir]
-        command = shlex.join(job.backend.command(flags, slot, trial.name))
+        job_file = job.folder.job_file(trial.name)
+        command = shlex.join(job.backend.command(flags, slot, trial.name, job_file))
         gpus = job.backend.gpus[slot] if job.backend.gpus else ()
         print(f"CUDA_VISIBLE_DEVICES={','.join(gpus)} {command}" if gpus else command)
     return 0

@@ -195,21 +195,23 @@ def test_metrics_by_name(wanted, better, found):
 def test_commands_of_other_backends():
     flags = ["--config=a.py", "--workdir=w"]
     slurm = Backend(Kind.slurm, "/r", "--partition=gpu --name='my {trial}'")
-    assert slurm.command(flags, 1, "lr=1")[1:] == [
-        "/r/launch/slurm.py", "--wait", "--partition=gpu", "--name=my lr=1", "--", *flags,
+    assert slurm.command(flags, 1, "lr=1", "/s/job.txt")[1:] == [
+        "/r/launch/slurm.py", "--wait", "--job-file=/s/job.txt", "--partition=gpu",
+        "--name=my lr=1", "--", *flags,
     ]  # fmt: skip
     tpu = Backend(Kind.tpu_vm, "/r", "--name=sweep-{slot} --zone=z")
-    assert tpu.command(flags, 2, "x")[1:] == [
+    assert tpu.command(flags, 2, "x", "/s/job.txt")[1:] == [
         "/r/launch/tpu_vm.py", "--name=sweep-2", "--zone=z", "--", *flags,
     ]  # fmt: skip
     many = Backend(Kind.local, "/r", processes=4)
-    assert many.command(flags, 0, "x")[1:] == [
+    assert many.command(flags, 0, "x", "/s/job.txt")[1:] == [
         "/r/launch/local.py", "--processes", "4", "--", *flags,
     ]  # fmt: skip
-    assert Backend(Kind.local, "/r").command(flags, 0, "x")[1:] == ["/r/main.py", *flags]
+    plain = Backend(Kind.local, "/r").command(flags, 0, "x", "/s/job.txt")
+    assert plain[1:] == ["/r/main.py", *flags]
     assert "is not there" in slurm.problem(1)
     with pytest.raises(UserError, match=r"--launcher=.* cannot be read: No closing quotation"):
-        Backend(Kind.slurm, "/r", "--name='a").command(flags, 0, "x")
+        Backend(Kind.slurm, "/r", "--name='a").command(flags, 0, "x", "/s/job.txt")
 
 
 def test_gpus_are_those_that_the_environment_allows(monkeypatch, tmp_path):
