@@ -15,13 +15,15 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
+from dcae_jax.errors import IN_USE
 from dcae_jax.report import progress, writers
 from dcae_jax.sweeps import processes
 from dcae_jax.sweeps.backends import Backend, Kind
 from dcae_jax.sweeps.definition import Base, Trial
 from dcae_jax.sweeps.folder import Folder, Kept, Record, Silence, Start, State
 
-PREEMPTED, PROCESS_GONE = 42, 43  # exit codes of main.py after which a start is sensible
+USAGE = 2  # exit code of main.py; also where an earlier start's process still has the workdir
+PREEMPTED, PROCESS_GONE = 42, 43  # those after which a start is sensible
 _TERMINATED, _KILLED = (-15, 143), (-9, 137)  # by a signal; as Python and as shells tell it
 _TRIES = 4  # starts in a row that end by what may be the machine's fault
 _LONGEST_PAUSE = 300.0  # seconds
@@ -250,7 +252,9 @@ class Scheduler:
             return State.done
         if record.prune and code in (PREEMPTED, *_TERMINATED, None):
             return State.pruned
-        if code is not None and code not in (PREEMPTED, PROCESS_GONE, *_TERMINATED, *_KILLED):
+        in_use = code == USAGE and IN_USE in start.error
+        again = (PREEMPTED, PROCESS_GONE, *_TERMINATED, *_KILLED)
+        if code is not None and code not in again and not in_use:
             return State.failed
         if code in _KILLED:
             start.error = "killed by signal 9: out of memory, or kill -9"
@@ -263,7 +267,9 @@ class Scheduler:
             start.error = f"started {count} times (--max-restarts); {start.error}"
             return State.failed
         start.by_machine = not running.told and (
-            code in (PROCESS_GONE, *_KILLED) or (code is None and running.child is not None)
+            code in (PROCESS_GONE, *_KILLED)
+            or in_use
+            or (code is None and running.child is not None)
         )
         return self._later(record) if start.by_machine else State.preempted
 

@@ -1,5 +1,6 @@
 """A sweep survives kill -9 of whatever: real processes, with a fake main.py."""
 
+import json
 import time
 
 import pytest
@@ -68,3 +69,30 @@ def test_a_trial_whose_keeper_is_killed_is_waited_for(checkout):
         assert (row["state"], row["exit_code"], row["starts"]) == ("done", "", "1")
         assert "exit code not known: its keeper was killed; the run is finished" in row["error"]
     assert {int(row["pid"]) for row in checkout.rows().values()} == set(trials)
+
+
+# Stands for launch/local.py as a kill -9 leaves it: its child lives on.
+LAUNCHER = """
+import pathlib, subprocess, sys
+main = pathlib.Path(__file__).parents[1] / "main.py"
+sys.exit(subprocess.call([sys.executable, str(main), *sys.argv[sys.argv.index("--") + 1 :]]))
+"""
+
+
+def test_what_a_killed_launcher_leaves_is_ended_or_waited_for(checkout):
+    (checkout.path / "launch/local.py").write_text(LAUNCHER)
+    options = ("--sweep=seed", "--slots=2", "--processes=2", "--backoff=1")
+    sweep = checkout.start(*options, "--config.task.seconds=4", FAKE_SEEDS=2)
+    wait_for(lambda: checkout.starts("seed=0") and checkout.starts("seed=1"), "both train")
+    kept = json.loads((checkout.out / "starts/seed=0.1.json").read_text())
+    kill(kept["process"]["pid"])  # its keeper lives: it lets the run save, then tells
+    keeper = checkout.records()["seed=1"]["starts"][0]["keeper"]["pid"]
+    kept = json.loads((checkout.out / "starts/seed=1.1.json").read_text())
+    kill(keeper, kept["process"]["pid"])  # nobody is left to tell: the workdir is in use
+    assert sweep.wait(60) == 0, checkout.output()
+    codes = {n: [s["exit_code"] for s in r["starts"]] for n, r in checkout.records().items()}
+    assert codes["seed=0"] == [-9, 0]
+    assert codes["seed=1"][0] is None and 2 in codes["seed=1"] and codes["seed=1"][-1] == 0
+    assert "seed=1 is in use by another process; stop it; starts again in" in checkout.output()
+    for name in ("seed=0", "seed=1"):
+        assert checkout.starts(name)[0][2] == "False" and len(checkout.starts(name)) == 2
