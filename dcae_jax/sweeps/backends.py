@@ -64,6 +64,12 @@ class Backend:
                 f"--slots={slots} with --backend=tpu_vm needs a TPU for each slot; put {{slot}} "
                 "into the name, e.g. --launcher='--name=sweep-{slot} ...'"
             )
+        each = len(self.gpus[0]) if self.gpus else 0
+        if 0 < each < self.processes and "--platform" not in self.launcher:
+            return (
+                f"--processes={self.processes} of a trial on {each} GPU(s) of its slot; lower "
+                "--processes or --slots, or give --launcher='--platform cpu'"
+            )
         return ""
 
     def environment(self, slot: int) -> dict[str, str]:
@@ -79,19 +85,28 @@ class Backend:
 def local_gpus() -> list[str]:
     """Names of this machine's GPUs as CUDA_VISIBLE_DEVICES has them; [] without any.
 
-    Those that the environment allows; none where JAX_PLATFORMS leaves GPUs out.
+    Those that the environment allows; none where JAX_PLATFORMS leaves GPUs out, or without NVIDIA's
+    driver.  UserError if the driver does not answer.
     """
     platforms = os.environ.get("JAX_PLATFORMS", "")
     if platforms and not {"cuda", "gpu"} & set(platforms.split(",")):
         return []
     if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
-        return [name.strip() for name in visible.split(",") if name.strip()]
+        names = [name.strip() for name in visible.split(",")]
+        end = names.index("-1") if "-1" in names else len(names)  # CUDA stops there
+        return [name for name in names[:end] if name]
     if not shutil.which("nvidia-smi"):
         return []
     done = subprocess.run(
         ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"], capture_output=True, text=True
     )
-    return done.stdout.split() if done.returncode == 0 else []
+    if done.returncode:
+        said = " ".join((done.stderr or done.stdout).split()) or "it prints nothing"
+        raise UserError(
+            f"nvidia-smi ends with {done.returncode} ({said}); mend the driver, name the GPUs by "
+            "CUDA_VISIBLE_DEVICES, or run on the CPU with JAX_PLATFORMS=cpu"
+        )
+    return done.stdout.split()
 
 
 def share(gpus: Sequence[str], slots: int) -> tuple[tuple[str, ...], ...]:

@@ -222,12 +222,30 @@ def test_gpus_are_those_that_the_environment_allows(monkeypatch, tmp_path):
     for name in ("JAX_PLATFORMS", "CUDA_VISIBLE_DEVICES"):
         monkeypatch.delenv(name, raising=False)
     assert backends.local_gpus() == ["0", "1", "2"]
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5, 7")
+    smi.write_text("#!/bin/sh\necho 'Driver/library version mismatch'\nexit 18\n")
+    with pytest.raises(UserError, match="nvidia-smi ends with 18 .Driver/library version mism"):
+        backends.local_gpus()
+    smi.unlink()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert backends.local_gpus() == []  # no driver
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5, 7,-1,3")
     assert backends.local_gpus() == ["5", "7"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert backends.local_gpus() == [] and backends.share([], 3) == ()
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     assert backends.local_gpus() == []
+
+
+def test_a_trial_of_several_processes_gets_the_gpus_of_its_slot_and_no_platform(monkeypatch):
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    two = Backend(Kind.local, str(ROOT), processes=2, gpus=(("4", "5"), ("6", "7")))
+    env = two.environment(1)
+    assert env["CUDA_VISIBLE_DEVICES"] == "6,7" and "JAX_PLATFORMS" not in env
+    # launch/local.py finds out by itself what it runs on.
+    assert not any("platform" in word for word in two.command(["--config=a.py"], 1, "x", "j"))
+    assert not two.problem(2)
+    few = Backend(Kind.local, str(ROOT), processes=2, gpus=(("4",), ("5",)))
+    assert "--processes=2 of a trial on 1 GPU(s) of its slot; lower" in few.problem(2)
 
 
 @pytest.mark.parametrize(
