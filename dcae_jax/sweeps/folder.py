@@ -145,9 +145,35 @@ class Folder:
         return os.path.expanduser(f"~/.cache/dcae_jax/sweeps/{digest}/{name}.txt")
 
     def manifest(self) -> Manifest | None:
-        """None where there is no sweep yet."""
-        found = read_json(self.path / "sweep.json")
-        return None if found is None else Manifest(**found)
+        """None where there is no sweep yet; UserError where none can be."""
+        path = self.path / "sweep.json"
+        try:
+            found = read_json(path)
+        except OSError as e:
+            raise UserError(
+                f"--out {self.path} cannot be read as a folder: {e}; give the folder of a sweep, "
+                "or a new one"
+            ) from e
+        if found is None:
+            return None
+        try:
+            return Manifest(**found)
+        except TypeError as e:
+            raise UserError(
+                f"{path} was not written by this launch/sweep.py ({e}); give another --out"
+            ) from e
+
+    def refuse_other(self) -> None:
+        """UserError where there are files but no sweep: they belong to something else."""
+        if not self.path.exists():
+            return
+        # A scheduler that was killed before it wrote sweep.json leaves no more than these.
+        ours = {"scheduler.json", *(path.name for path in outputs.leftovers(self.path))}
+        if names := sorted(path.name for path in self.path.iterdir() if path.name not in ours):
+            raise UserError(
+                f"--out {self.path} holds no sweep, but other files (there is {names[0]!r}); give "
+                "a new or an empty folder"
+            )
 
     def write_manifest(self, manifest: Manifest) -> None:
         """Replaces sweep.json."""

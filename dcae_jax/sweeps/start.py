@@ -35,7 +35,9 @@ class Job:
 def run(job: Job) -> int:
     """The trials to their end; the exit code."""
     old, by = job.folder.manifest(), job.metric()
-    if old is not None:
+    if old is None:
+        job.folder.refuse_other()
+    else:
         _refuse_other(job, old)
     trials = _searched(job, old, by) if job.options.search else _named(job, old)
     checked = [*trials, *(search.probes(job.base) if job.options.search else ())]

@@ -223,7 +223,7 @@ def test_gpus_are_those_that_the_environment_allows(monkeypatch, tmp_path):
         monkeypatch.delenv(name, raising=False)
     assert backends.local_gpus() == ["0", "1", "2"]
     smi.write_text("#!/bin/sh\necho 'Driver/library version mismatch'\nexit 18\n")
-    with pytest.raises(UserError, match="nvidia-smi ends with 18 .Driver/library version mism"):
+    with pytest.raises(UserError, match=r"nvidia-smi ends with 18 .Driver/library version mism"):
         backends.local_gpus()
     smi.unlink()
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -263,3 +263,22 @@ def test_a_trial_of_several_processes_gets_the_gpus_of_its_slot_and_no_platform(
 )  # fmt: skip
 def test_the_last_error_of_a_log(printed, error):
     assert keeper.last_error(printed) == error
+
+
+def test_out_that_is_something_else_is_refused_in_a_sentence(checkout):
+    for options in ((), ("--status",), ("--dry-run",)):
+        checkout.out.write_text("notes")
+        code, text = checkout.here(*options)
+        assert code == 2 and f"--out {checkout.out} cannot be read as a folder" in text, text
+        checkout.out.unlink()
+        checkout.out.mkdir()
+        (checkout.out / "sweep.json").write_text('{"method": "grid", "parameters": {}}')
+        code, text = checkout.here(*options)
+        assert code == 2 and "sweep.json was not written by this launch/sweep.py" in text, text
+        (checkout.out / "sweep.json").rename(checkout.out / "config.json")
+        code, text = checkout.here(*options)
+        told = "holds no sweep" if options == ("--status",) else "other files (there is 'config.j"
+        assert code == 2 and told in text, text
+        assert [path.name for path in checkout.out.iterdir()] == ["config.json"]
+        (checkout.out / "config.json").unlink()
+        checkout.out.rmdir()
