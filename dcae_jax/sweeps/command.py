@@ -9,7 +9,7 @@ from dcae_jax.errors import UserError
 from dcae_jax.sweeps import backends, page, results, start
 from dcae_jax.sweeps.backends import Backend, Kind
 from dcae_jax.sweeps.definition import Base
-from dcae_jax.sweeps.folder import Folder
+from dcae_jax.sweeps.folder import Folder, Record, State
 from dcae_jax.sweeps.start import Job
 
 _HELP = """Runs many trials of one config, each a process with a workdir of its own.
@@ -152,6 +152,17 @@ def _job(options: argparse.Namespace, rest: Sequence[str], root: str) -> Job:
     return Job(base, options, Folder(options.out), backend, base.resolved())
 
 
+def _as_it_is(folder: Folder, record: Record) -> Record:
+    """A trial that was running when its scheduler was killed, as its processes stand now."""
+    if record.state is not State.running or folder.lives(record) is not False:
+        return record
+    start = record.starts[-1]
+    if kept := folder.kept(record.name, start.number):
+        start.exit_code, start.error, start.ended = kept.exit_code, kept.error, kept.ended
+    record.state = State.done if start.exit_code == 0 else State.interrupted
+    return record
+
+
 def _status(folder: Folder, options: argparse.Namespace) -> int:
     """The table of a sweep, which may be running; the page."""
     manifest = folder.manifest()
@@ -159,10 +170,10 @@ def _status(folder: Folder, options: argparse.Namespace) -> int:
         raise UserError(f"--out {folder.path} holds no sweep; start one without --status")
     wanted = options.metric or manifest.metric
     by = results.metric(manifest.scores, wanted, options.better or manifest.better)
-    records = [folder.record(name, o) for name, o in manifest.trials.items()]
+    records = [_as_it_is(folder, folder.record(name, o)) for name, o in manifest.trials.items()]
     found = start.written(folder, results.shown_scores(manifest.scores, by), records)
     print(results.text(found, by))
     if by is None:
-        raise results.no_metric(manifest.scores)
+        print(results.no_metric(manifest.scores))
     print(f"see {page.write(folder, manifest, found, by)}")
     return 0

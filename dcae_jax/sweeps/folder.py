@@ -39,6 +39,7 @@ class State(enum.Enum):
     preempted = "preempted"  # or lost: waits to be started again
     done = "done"
     failed = "failed"
+    interrupted = "interrupted"  # only shown: was running, and nothing of it lives any more
     pruned = "pruned"  # stopped by the search: not worth its time
 
     @property
@@ -191,6 +192,19 @@ class Folder:
     def kept(self, name: str, number: int) -> Kept | None:
         """What the keeper of a start wrote; None if it had not come to that."""
         return read_kept(self.kept_path(name, number))
+
+    def lives(self, record: Record) -> bool | None:
+        """Whether the newest start still runs; None for one of another machine without an end."""
+        start = record.starts[-1]
+        here = start.keeper.is_here()
+        if here and start.keeper.alive():
+            return True
+        kept = self.kept(record.name, start.number)
+        if kept is not None and kept.ended is not None:
+            return False
+        if not here:
+            return None
+        return kept is not None and kept.process.alive()  # its keeper was killed, or never began
 
     def summary(self, name: str) -> dict[str, Any] | None:
         """summary.json of a trial's workdir, which a run writes at its end."""

@@ -214,17 +214,12 @@ class Scheduler:
 
     def _alive(self, running: Running) -> bool:
         """Whether the start still runs, as far as can be seen from here."""
-        keeper, name = running.start.keeper, running.record.name
-        if running.child is not None:
-            if running.child.poll() is None:
-                return True
-        elif keeper.is_here() and keeper.alive():
+        if running.child is not None and running.child.poll() is None:
             return True
-        kept = self._folder.kept(name, running.start.number)
-        if kept is not None and kept.ended is not None:
-            return False
-        if keeper.is_here():  # its keeper was killed, or never began
-            return kept is not None and kept.process.alive()
+        lives = self._folder.lives(running.record)
+        if lives is not None:
+            return lives
+        kept = self._folder.kept(running.record.name, running.start.number)
         return not running.silence.gone(kept.beat if kept else -1)
 
     def _ended(self, running: Running, kept: Kept | None) -> None:

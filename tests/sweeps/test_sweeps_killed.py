@@ -6,6 +6,8 @@ import time
 import pytest
 from sweeping import kill, wait_for
 
+from dcae_jax.sweeps import processes
+
 pytestmark = pytest.mark.multiprocess
 
 TWELVE = ("--sweep=lr,seed", "--slots=2", "--metric=psnr", "--backoff=0.1")
@@ -96,3 +98,26 @@ def test_what_a_killed_launcher_leaves_is_ended_or_waited_for(checkout):
     assert "seed=1 is in use by another process; stop it; starts again in" in checkout.output()
     for name in ("seed=0", "seed=1"):
         assert checkout.starts(name)[0][2] == "False" and len(checkout.starts(name)) == 2
+
+
+def test_the_status_after_everything_was_killed(checkout):
+    sweep = checkout.start("--sweep=seed", "--slots=2", "--config.task.seconds=20", FAKE_SEEDS=2)
+    wait_for(lambda: len(checkout.processes()[1]) == 2, "two trials run")
+    keepers, trials = checkout.processes()
+    kill(sweep.pid, *keepers)
+    sweep.wait()
+    # Keepers are collected by whoever adopts them, if anyone: a zombie is no process that lives.
+    assert {row["state"] for row in status(checkout).values()} == {"running"}
+    kill(trials[0])
+    wait_for(lambda: not processes.of(trials[0]).started, "it is gone")
+    states = {int(row["pid"]): row["state"] for row in status(checkout).values()}
+    assert states == {trials[0]: "interrupted", trials[1]: "running"}
+    kill(trials[1])
+    assert checkout.count("running") == 2  # the scheduler's own files are left alone
+
+
+def status(checkout):
+    """Rows of results.csv after --status."""
+    code, text = checkout.here("--status")
+    assert code == 0, text
+    return checkout.rows()
