@@ -172,13 +172,26 @@ def _facts(result: Result) -> list[Any]:
     last = record.starts[-1] if record.starts else None
     return [
         record.name, record.state.value, _cell(last and last.exit_code), _cell(result.pid),
-        _cell(last and last.keeper.host), len(record.starts), f"{seconds(record):.1f}", result.step,
+        _cell(last and last.keeper.host), len(record.starts), _seconds_cell(record), result.step,
     ]  # fmt: skip
 
 
-def seconds(record: Record) -> float:
-    """What a trial took, all its starts together, as far as they have ended."""
+def seconds(record: Record) -> float | None:
+    """What a trial took, all its starts together, without one that runs.
+
+    None if the end of one is not known, because its keeper was killed too.
+    """
+    ends = [start.ended for start in record.starts]
+    if record.state is State.running:
+        ends.pop()
+    if None in ends:
+        return None
     return sum(start.ended - start.began for start in record.starts if start.ended is not None)
+
+
+def _seconds_cell(record: Record) -> str:
+    known = seconds(record)
+    return "" if known is None else f"{known:.1f}"
 
 
 def _cell(value: JSONValue) -> JSONValue:

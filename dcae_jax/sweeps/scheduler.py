@@ -330,8 +330,11 @@ class Scheduler:
         start = record.starts[-1]
         log = self._folder.log(record.name, start.number)
         if record.state is State.done:
-            seconds = (start.ended or time.time()) - start.began
-            self._say(f"{record.name}: done in {progress.duration(seconds)}")
+            took = (
+                f"in {progress.duration(start.ended - start.began)}" if start.ended is not None
+                else "in an unknown time, since its keeper was killed"
+            )  # fmt: skip
+            self._say(f"{record.name}: done {took}")
         elif record.state is State.pruned:
             self._say(f"{record.name}: pruned")
         elif record.state is State.failed:

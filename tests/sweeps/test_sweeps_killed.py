@@ -70,7 +70,9 @@ def test_a_trial_whose_keeper_is_killed_is_waited_for(checkout):
         assert [pid for pid, *_ in checkout.starts(name)] == [row["pid"]]
         assert (row["state"], row["exit_code"], row["starts"]) == ("done", "", "1")
         assert "exit code not known: its keeper was killed; the run is finished" in row["error"]
+        assert row["seconds"] == "" and f"{name}: done in an unknown time, since its keeper" in text
     assert {int(row["pid"]) for row in checkout.rows().values()} == set(trials)
+    assert "0.0s, and 2 unknown" in (checkout.out / "sweep.html").read_text()
 
 
 # Stands for launch/local.py as a kill -9 leaves it: its child lives on.
