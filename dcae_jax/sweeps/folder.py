@@ -60,6 +60,7 @@ class Start:
     exit_code: int | None = None  # None: not known, since its keeper was killed; -9: by signal 9
     ended: float | None = None
     error: str = ""  # the last error that it printed
+    reached: int = 0  # the newest step of the run's metrics when it ended
     by_machine: bool = False  # ended by what may be the machine's fault, not the run's
 
 

@@ -5,13 +5,12 @@ A trial runs under a keeper, which outlives the scheduler and writes the exit co
 """
 
 import contextlib
-import itertools
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -25,7 +24,7 @@ from dcae_jax.sweeps.folder import Folder, Kept, Record, Silence, Start, State
 USAGE = 2  # exit code of main.py; also where an earlier start's process still has the workdir
 PREEMPTED, PROCESS_GONE = 42, 43  # those after which a start is sensible
 _TERMINATED, _KILLED = (-15, 143), (-9, 137)  # by a signal; as Python and as shells tell it
-_TRIES = 4  # starts in a row that end by what may be the machine's fault
+_TRIES = 4  # starts in a row that end by what may be the machine's fault, and come no further
 _LONGEST_PAUSE = 300.0  # seconds
 _POLL_SECONDS = 0.2
 _STATUS_SECONDS = 60.0
@@ -227,6 +226,7 @@ class Scheduler:
         if kept is not None:
             start.pid, start.exit_code, start.error = kept.process.pid, kept.exit_code, kept.error
             start.ended = kept.ended
+        start.reached = self._newest_step(record.name)
         record.state = self._outcome(running)
         self._folder.write_record(record)
         if record.name in self._removed:
@@ -270,14 +270,20 @@ class Scheduler:
 
     def _later(self, record: Record) -> State:
         """After a failure that may be of the machine: again after a pause, but not for ever."""
-        counted = record.starts[record.forgiven :]
-        row = len(list(itertools.takewhile(lambda start: start.by_machine, reversed(counted))))
+        row = _in_a_row(record.starts[record.forgiven :])
         if row >= _TRIES:
-            record.starts[-1].error = f"{row} times in a row: {record.starts[-1].error}"
+            record.starts[
+                -1
+            ].error = f"{row} times in a row without a step more: {record.starts[-1].error}"
             return State.failed
         pause = min(self._limits.backoff * 2 ** (row - 1), _LONGEST_PAUSE)
         self._not_before[record.name] = time.monotonic() + pause
         return State.preempted
+
+    def _newest_step(self, name: str) -> int:
+        """Of the metrics of a trial's run; 0 without any."""
+        rows = writers.read_metrics(self._folder.workdir(name))
+        return rows[-1]["step"] if rows else 0
 
     def _has_finished(self, record: Record) -> bool:
         """Whether the run has written its summary, at its last step."""
@@ -353,6 +359,16 @@ class Scheduler:
             return
         self._said = time.monotonic()
         for name in self._running:
-            rows = writers.read_metrics(self._folder.workdir(name))
-            step = rows[-1]["step"] if rows else 0
-            self._say(f"{name}: step {step} of {self._steps.get(name, '?')}")
+            self._say(f"{name}: step {self._newest_step(name)} of {self._steps.get(name, '?')}")
+
+
+def _in_a_row(starts: Sequence[Start]) -> int:
+    """How many starts ended by what may be the machine's fault since the run last came further."""
+    row = 0
+    for i in range(len(starts) - 1, -1, -1):
+        if not starts[i].by_machine:
+            break
+        row += 1
+        if starts[i].reached > max((start.reached for start in starts[:i]), default=0):
+            break
+    return row

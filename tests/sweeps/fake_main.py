@@ -47,6 +47,13 @@ def start(cfg, workdir):
 def run(cfg, workdir, number):
     if number < len(cfg.task.exits):
         code = cfg.task.exits[number]
+        if code > 1000:
+            step = number + 1
+            metrics = writers.MetricsWriter(workdir, number)
+            metrics.write_scalars(step, {"train/loss": 1 / step})
+            metrics.flush()
+            (workdir / "step.txt").write_text(str(step))
+            return code - 1000
         if code < 0:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             os.kill(os.getpid(), -code)
