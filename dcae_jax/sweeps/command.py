@@ -16,7 +16,10 @@ _HELP = """Runs many trials of one config, each a process with a workdir of its 
 
 The config file holds, beside get_config:  def sweep(): yield {"optim.lr": 1e-4, "seed": 0}
 and any number of  def sweep_NAME():  several are combined by product, --sweep=lr,seed.
-The same command goes on after any interruption, and with trials added or removed."""
+The same command goes on after any interruption, and with trials added or removed.
+
+Before the first trial starts, the configs of all are resolved and validated as main.py does it:
+fields, values, what fits together.  Data, weights and devices are met by the trials themselves."""
 _ENDS = """--config.x.y=V: overrides of the config for all trials.
 Exit codes: 0 all trials done, 1 some failed, 2 wrong usage, 42 stopped by a signal (the same
 command goes on)."""

@@ -8,7 +8,9 @@
     jobs/NAME.txt           number of its Slurm job, written by launch/slurm.py
     results.csv  sweep.html
 
-Each file has one writer, and nothing is listed: a store whose listings lag behind serves as well.
+Each file has one writer, but for the last two: the scheduler and --status write them, always anew
+and whole, from all the others.  A start reads files by name: a store whose listings lag behind
+serves as well.
 """
 
 import dataclasses

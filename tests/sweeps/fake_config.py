@@ -54,7 +54,7 @@ def sweep_seed():
 
 
 def sweep_exits():
-    """Good, preempted, without a process, failed, killed, killed for ever; 1043: a step, then 43."""
+    """Good, preempted, without a process, failed, killed, killed for ever, or after a step each."""
     for exits in ((), (42, 42), (43,), (1,), (-9,), (-9, -9, -9, -9), (-15,), (1043,) * 5):
         yield {"task.exits": exits}
 
