@@ -137,7 +137,7 @@ def test_what_a_dry_run_prints_runs_as_it_is(checkout):
 def test_the_status_while_it_runs_and_by_another_metric(checkout):
     code, text = checkout.here("--status")
     assert code == 2 and "holds no sweep" in text
-    sweep = checkout.start("--slots=1", "--config.task.seconds=1")
+    sweep = checkout.start("--slots=1", "--config.task.seconds=3")
     wait_for(lambda: checkout.count("done") >= 1, "one is done")
     code, text = checkout.here("--status", "--metric=psnr")
     assert code == 0 and " running " in text and "best by held-out/psnr (higher" in text
