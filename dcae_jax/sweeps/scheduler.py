@@ -151,12 +151,24 @@ class Scheduler:
         """Starts trials on free slots; whether any was started."""
         free = set(range(self._slots)) - {r.start.slot for r in self._running.values()}
         started = False
-        for slot in sorted(free)[: max(self._slots - len(self._running), 0)]:
+        for _ in range(min(len(free), self._slots - len(self._running))):
             if (record := self._next()) is None:
                 break
+            slot = self._slot(record, free)
+            free.remove(slot)
             self._start(record, slot)
             started = True
         return started
+
+    def _slot(self, record: Record, free: set[int]) -> int:
+        """The trial's last slot if it is free: a job or a TPU may still run it there.
+
+        Else one that no other trial comes back to, if there is one.
+        """
+        if record.starts and record.starts[-1].slot in free:
+            return record.starts[-1].slot
+        waiting = [r for r in self._open() if r.starts and r.name not in self._running]
+        return min(free - {r.starts[-1].slot for r in waiting} or free)
 
     def _next(self) -> Record | None:
         """A trial that may start now: in order, new ones of a search last."""

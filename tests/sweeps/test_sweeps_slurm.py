@@ -14,7 +14,13 @@ pytestmark = pytest.mark.multiprocess
 def test_a_trial_joins_its_job_after_kill_9_of_everything_but_the_job(checkout):
     shutil.copy(ROOT / "tests/sweeps/fake_slurm.py", checkout.path / "launch/slurm.py")
     log = checkout.path / "slurm.txt"
-    options = ("--sweep=seed", "--backend=slurm", "--config.task.seconds=15")
+    options = (
+        "--sweep=seed",
+        "--slots=2",
+        "--backend=slurm",
+        "--launcher=--name=n{slot}",
+        "--config.task.seconds=15",
+    )
     env = {"FAKE_SEEDS": 1, "FAKE_SLURM": log}
 
     def told():
@@ -25,11 +31,15 @@ def test_a_trial_joins_its_job_after_kill_9_of_everything_but_the_job(checkout):
     keepers, launchers = checkout.processes()
     kill(sweep.pid, *keepers, *launchers)
     sweep.wait()
+    # As if it had been on the other slot, whose number its job's options have.
+    path = checkout.out / "trials/seed=0.json"
+    path.write_text(path.read_text().replace('"slot": 0', '"slot": 1'))
     assert launchers == [told()[0]["pid"]] and len(checkout.starts("seed=0")) == 1
 
     sweep = checkout.start(*options, **env)
     wait_for(lambda: len(told()) == 2, "a second launcher")
     assert [t["joined"] for t in told()] == [False, True]
+    assert "--name=n1" in told()[1]["own"]
     path = f"--job-file={checkout.out}/jobs/seed=0.txt"
     assert all(path in t["own"] and "--wait" in t["own"] for t in told())
     sweep.terminate()  # reaches the job, which saves
