@@ -25,7 +25,7 @@ import dcae_jax
 from dcae_jax import checkpoint, distributed
 from dcae_jax import config as config_lib
 from dcae_jax.config import JSONValue, RunConfig
-from dcae_jax.errors import UserError
+from dcae_jax.errors import IN_USE, UserError
 from dcae_jax.report import writers
 from dcae_jax.tasks.base import Task
 
@@ -251,9 +251,7 @@ def _take(handle: int, workdir: epath.Path) -> None:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as e:
         other = os.read(handle, 1000).decode(errors="replace") or "another process"
-        raise UserError(
-            f"{workdir} is in use by {other}; stop it or choose another --workdir"
-        ) from e
+        raise UserError(f"{workdir} {IN_USE} {other}; stop it or choose another --workdir") from e
     except OSError as e:
         logging.warning("%s cannot be locked (%s): start no second run in it", workdir, e)
     me = f"process {os.getpid()} on {socket.gethostname()} since {_now()}"

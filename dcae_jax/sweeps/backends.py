@@ -30,15 +30,18 @@ class Backend:
     processes: int = 1  # of each trial, local
     gpus: tuple[tuple[str, ...], ...] = ()  # of each slot; (): as the environment says
 
-    def command(self, main_flags: Sequence[str], slot: int, trial: str) -> list[str]:
-        """The process that runs a trial to its end."""
+    def command(self, main_flags: Sequence[str], slot: int, trial: str, job_file: str) -> list[str]:
+        """The process that runs a trial to its end.
+
+        `job_file`: where a launcher keeps the number of its job; with the same file it joins it.
+        """
         options = self._options(slot, trial)
         if self.kind is Kind.local and self.processes == 1 and not options:
             return [sys.executable, os.path.join(self.root, "main.py"), *main_flags]
         if self.kind is Kind.local:
             options = ["--processes", str(self.processes), *options]
         if self.kind is Kind.slurm:
-            options = ["--wait", *options]
+            options = ["--wait", f"--job-file={job_file}", *options]
         script = os.path.join(self.root, "launch", f"{self.kind.value}.py")
         return [sys.executable, script, *options, "--", *main_flags]
 
@@ -61,6 +64,12 @@ class Backend:
                 f"--slots={slots} with --backend=tpu_vm needs a TPU for each slot; put {{slot}} "
                 "into the name, e.g. --launcher='--name=sweep-{slot} ...'"
             )
+        each = len(self.gpus[0]) if self.gpus else 0
+        if 0 < each < self.processes and "--platform" not in self.launcher:
+            return (
+                f"--processes={self.processes} of a trial on {each} GPU(s) of its slot; lower "
+                "--processes or --slots, or give --launcher='--platform cpu'"
+            )
         return ""
 
     def environment(self, slot: int) -> dict[str, str]:
@@ -76,19 +85,28 @@ class Backend:
 def local_gpus() -> list[str]:
     """Names of this machine's GPUs as CUDA_VISIBLE_DEVICES has them; [] without any.
 
-    Those that the environment allows; none where JAX_PLATFORMS leaves GPUs out.
+    Those that the environment allows; none where JAX_PLATFORMS leaves GPUs out, or without NVIDIA's
+    driver.  UserError if the driver does not answer.
     """
     platforms = os.environ.get("JAX_PLATFORMS", "")
     if platforms and not {"cuda", "gpu"} & set(platforms.split(",")):
         return []
     if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
-        return [name.strip() for name in visible.split(",") if name.strip()]
+        names = [name.strip() for name in visible.split(",")]
+        end = names.index("-1") if "-1" in names else len(names)  # CUDA stops there
+        return [name for name in names[:end] if name]
     if not shutil.which("nvidia-smi"):
         return []
     done = subprocess.run(
         ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"], capture_output=True, text=True
     )
-    return done.stdout.split() if done.returncode == 0 else []
+    if done.returncode:
+        said = " ".join((done.stderr or done.stdout).split()) or "it prints nothing"
+        raise UserError(
+            f"nvidia-smi ends with {done.returncode} ({said}); mend the driver, name the GPUs by "
+            "CUDA_VISIBLE_DEVICES, or run on the CPU with JAX_PLATFORMS=cpu"
+        )
+    return done.stdout.split()
 
 
 def share(gpus: Sequence[str], slots: int) -> tuple[tuple[str, ...], ...]:

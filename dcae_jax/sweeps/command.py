@@ -9,14 +9,17 @@ from dcae_jax.errors import UserError
 from dcae_jax.sweeps import backends, page, results, start
 from dcae_jax.sweeps.backends import Backend, Kind
 from dcae_jax.sweeps.definition import Base
-from dcae_jax.sweeps.folder import Folder
+from dcae_jax.sweeps.folder import Folder, Record, State
 from dcae_jax.sweeps.start import Job
 
 _HELP = """Runs many trials of one config, each a process with a workdir of its own.
 
 The config file holds, beside get_config:  def sweep(): yield {"optim.lr": 1e-4, "seed": 0}
 and any number of  def sweep_NAME():  several are combined by product, --sweep=lr,seed.
-The same command goes on after any interruption, and with trials added or removed."""
+The same command goes on after any interruption, and with trials added or removed.
+
+Before the first trial starts, the configs of all are resolved and validated as main.py does it:
+fields, values, what fits together.  Data, weights and devices are met by the trials themselves."""
 _ENDS = """--config.x.y=V: overrides of the config for all trials.
 Exit codes: 0 all trials done, 1 some failed, 2 wrong usage, 42 stopped by a signal (the same
 command goes on)."""
@@ -152,6 +155,17 @@ def _job(options: argparse.Namespace, rest: Sequence[str], root: str) -> Job:
     return Job(base, options, Folder(options.out), backend, base.resolved())
 
 
+def _as_it_is(folder: Folder, record: Record) -> Record:
+    """A trial that was running when its scheduler was killed, as its processes stand now."""
+    if record.state is not State.running or folder.lives(record) is not False:
+        return record
+    start = record.starts[-1]
+    if kept := folder.kept(record.name, start.number):
+        start.exit_code, start.error, start.ended = kept.exit_code, kept.error, kept.ended
+    record.state = State.done if start.exit_code == 0 else State.interrupted
+    return record
+
+
 def _status(folder: Folder, options: argparse.Namespace) -> int:
     """The table of a sweep, which may be running; the page."""
     manifest = folder.manifest()
@@ -159,10 +173,10 @@ def _status(folder: Folder, options: argparse.Namespace) -> int:
         raise UserError(f"--out {folder.path} holds no sweep; start one without --status")
     wanted = options.metric or manifest.metric
     by = results.metric(manifest.scores, wanted, options.better or manifest.better)
-    records = [folder.record(name, o) for name, o in manifest.trials.items()]
+    records = [_as_it_is(folder, folder.record(name, o)) for name, o in manifest.trials.items()]
     found = start.written(folder, results.shown_scores(manifest.scores, by), records)
     print(results.text(found, by))
     if by is None:
-        raise results.no_metric(manifest.scores)
+        print(results.no_metric(manifest.scores))
     print(f"see {page.write(folder, manifest, found, by)}")
     return 0

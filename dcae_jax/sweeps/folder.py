@@ -5,13 +5,17 @@
     starts/NAME.N.json      of its N-th start, written by that start's keeper: process, exit code
     runs/NAME/              workdirs
     logs/NAME.N.txt         what start N printed
+    jobs/NAME.txt           number of its Slurm job, written by launch/slurm.py
     results.csv  sweep.html
 
-Each file has one writer, and nothing is listed: a store whose listings lag behind serves as well.
+Each file has one writer, but for the last two: the scheduler and --status write them, always anew
+and whole, from all the others.  A start reads files by name: a store whose listings lag behind
+serves as well.
 """
 
 import dataclasses
 import enum
+import hashlib
 import json
 import os
 import time
@@ -37,6 +41,7 @@ class State(enum.Enum):
     preempted = "preempted"  # or lost: waits to be started again
     done = "done"
     failed = "failed"
+    interrupted = "interrupted"  # only shown: was running, and nothing of it lives any more
     pruned = "pruned"  # stopped by the search: not worth its time
 
     @property
@@ -57,6 +62,7 @@ class Start:
     exit_code: int | None = None  # None: not known, since its keeper was killed; -9: by signal 9
     ended: float | None = None
     error: str = ""  # the last error that it printed
+    reached: int = 0  # the newest step of the run's metrics when it ended
     by_machine: bool = False  # ended by what may be the machine's fault, not the run's
 
 
@@ -132,10 +138,46 @@ class Folder:
         """The keeper's file of a start."""
         return self.path / "starts" / f"{name}.{number}.json"
 
+    def job_file(self, name: str) -> str:
+        """Where launch/slurm.py keeps the number of a trial's job.
+
+        Of a sweep in an object store: below ~/.cache/dcae_jax, as a plain file is needed.
+        """
+        if not self.remote:
+            return os.fspath(self.path / "jobs" / f"{name}.txt")
+        digest = hashlib.sha256(os.fspath(self.path).encode()).hexdigest()[:16]
+        return os.path.expanduser(f"~/.cache/dcae_jax/sweeps/{digest}/{name}.txt")
+
     def manifest(self) -> Manifest | None:
-        """None where there is no sweep yet."""
-        found = read_json(self.path / "sweep.json")
-        return None if found is None else Manifest(**found)
+        """None where there is no sweep yet; UserError where none can be."""
+        path = self.path / "sweep.json"
+        try:
+            found = read_json(path)
+        except OSError as e:
+            raise UserError(
+                f"--out {self.path} cannot be read as a folder: {e}; give the folder of a sweep, "
+                "or a new one"
+            ) from e
+        if found is None:
+            return None
+        try:
+            return Manifest(**found)
+        except TypeError as e:
+            raise UserError(
+                f"{path} was not written by this launch/sweep.py ({e}); give another --out"
+            ) from e
+
+    def refuse_other(self) -> None:
+        """UserError where there are files but no sweep: they belong to something else."""
+        if not self.path.exists():
+            return
+        # A scheduler that was killed before it wrote sweep.json leaves no more than these.
+        ours = {"scheduler.json", *(path.name for path in outputs.leftovers(self.path))}
+        if names := sorted(path.name for path in self.path.iterdir() if path.name not in ours):
+            raise UserError(
+                f"--out {self.path} holds no sweep, but other files (there is {names[0]!r}); give "
+                "a new or an empty folder"
+            )
 
     def write_manifest(self, manifest: Manifest) -> None:
         """Replaces sweep.json."""
@@ -153,6 +195,19 @@ class Folder:
     def kept(self, name: str, number: int) -> Kept | None:
         """What the keeper of a start wrote; None if it had not come to that."""
         return read_kept(self.kept_path(name, number))
+
+    def lives(self, record: Record) -> bool | None:
+        """Whether the newest start still runs; None for one of another machine without an end."""
+        start = record.starts[-1]
+        here = start.keeper.is_here()
+        if here and start.keeper.alive():
+            return True
+        kept = self.kept(record.name, start.number)
+        if kept is not None and kept.ended is not None:
+            return False
+        if not here:
+            return None
+        return kept is not None and kept.process.alive()  # its keeper was killed, or never began
 
     def summary(self, name: str) -> dict[str, Any] | None:
         """summary.json of a trial's workdir, which a run writes at its end."""

@@ -2,7 +2,8 @@
 
     python -m dcae_jax.sweeps.keeper RECORD LOG COMMAND...
 
-SIGTERM is passed on.  RECORD is rewritten with a counter while the trial runs.
+SIGTERM is passed on.  RECORD is rewritten with a counter while the trial runs.  What a killed trial
+leaves in its process group is ended before its end is told: it would still hold the workdir.
 """
 
 import contextlib
@@ -24,6 +25,7 @@ from dcae_jax.sweeps.folder import Kept
 
 _TAIL = 20_000  # bytes of the log in which an error is looked for
 _LONGEST = 300  # characters of an error
+_SAVING_SECONDS = 120.0  # that what is left of a trial gets to save after SIGTERM
 
 
 class Keeper:
@@ -56,6 +58,7 @@ class Keeper:
                 self._pass_on()
             processes.go(child)
             self._wait(child, kept, out)
+            self._end_rest(child.pid, kept)
             kept.exit_code, kept.ended = child.returncode, time.time()
             if child.returncode:
                 kept.error = last_error(_tail(out.name))
@@ -70,6 +73,21 @@ class Keeper:
                 kept.beat += 1
                 folder.write_kept(self._record, kept)
                 self._upload(out)
+
+    def _end_rest(self, leader: int, kept: Kept) -> None:
+        """Ends what the trial's process has left in its group: SIGTERM, later SIGKILL."""
+        if not processes.group(leader):
+            return
+        processes.signal_group(leader, signal.SIGTERM)
+        end = time.monotonic() + _SAVING_SECONDS
+        beaten = time.monotonic()
+        while processes.group(leader) and time.monotonic() < end:
+            time.sleep(0.2)
+            if time.monotonic() - beaten > folder.BEAT_SECONDS:
+                beaten = time.monotonic()
+                kept.beat += 1
+                folder.write_kept(self._record, kept)
+        processes.signal_group(leader, signal.SIGKILL)
 
     @contextlib.contextmanager
     def _output(self) -> Iterator[IO[bytes]]:

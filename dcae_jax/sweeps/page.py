@@ -95,13 +95,15 @@ def _facts(
     folder: Folder, manifest: Manifest, found: Sequence[Result], by: Metric | None
 ) -> list[tuple[str, str]]:
     states = Counter(result.record.state.value for result in found)
-    seconds = sum(results.seconds(result.record) for result in found)
+    times = [results.seconds(result.record) for result in found]
+    known = [time for time in times if time is not None]
+    unknown = f", and {len(times) - len(known)} unknown" if len(known) < len(times) else ""
     facts = [
         ("config", manifest.config),
         ("sweep", _kind(manifest)),
         ("for all trials", " ".join(manifest.overrides) or "no override"),
         ("trials", ", ".join(f"{n} {state}" for state, n in states.items()) or "none"),
-        ("time of all trials", progress.duration(seconds)),
+        ("time of all trials", progress.duration(sum(known)) + unknown),
         ("folder", str(folder.path)),
     ]
     if by:

@@ -50,6 +50,30 @@ def of(pid: int) -> Process:
     return Process(pid, _start_time(pid), socket.gethostname())
 
 
+def group(leader: int) -> list[int]:
+    """Numbers of the processes that run in a process group of this machine."""
+    found = []
+    if os.path.isdir("/proc/self"):
+        for name in filter(str.isdigit, os.listdir("/proc")):
+            with contextlib.suppress(OSError), open(f"/proc/{name}/stat") as file:
+                fields = file.read().rpartition(")")[2].split()
+                if int(fields[2]) == leader and fields[0] not in "ZX":
+                    found.append(int(name))
+        return found
+    shown = subprocess.run(["ps", "-A", "-o", "pid=,pgid=,stat="], capture_output=True, text=True)
+    for line in shown.stdout.splitlines():
+        pid, leads, state = line.split()
+        if int(leads) == leader and not state.startswith("Z"):
+            found.append(int(pid))
+    return found
+
+
+def signal_group(leader: int, number: signal.Signals) -> None:
+    """A signal to all of a process group, if there is any."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(leader, number)
+
+
 def _start_time(pid: int) -> str:
     """When a process began; "" for one that is gone, or has ended and waits to be collected."""
     try:

@@ -49,6 +49,7 @@ class Result:
     workdir: str
     step: int = 0  # of the newest row
     scores: dict[str, Number] = field(default_factory=dict)
+    pid: int | None = None  # of the newest start
 
 
 # ---------------------------------------------------------------------------------------- metrics
@@ -130,7 +131,11 @@ def _read(folder: Folder, record: Record) -> Result:
     for evaluator, found in summary.get("evals", {}).get("after", {}).items():
         scores |= {f"{evaluator}/{metric}": value for metric, value in found.items()}
     step = rows[-1]["step"] if rows else int(summary.get("steps", 0))
-    return Result(record, str(workdir), step, scores)
+    last = record.starts[-1]
+    pid = last.pid
+    if pid is None and (kept := folder.kept(record.name, last.number)):  # it runs
+        pid = kept.process.pid
+    return Result(record, str(workdir), step, scores, pid)
 
 
 def curve(folder: Folder, name: str, metric: str) -> list[tuple[int, float]]:
@@ -166,14 +171,27 @@ def _facts(result: Result) -> list[Any]:
     record = result.record
     last = record.starts[-1] if record.starts else None
     return [
-        record.name, record.state.value, _cell(last and last.exit_code), _cell(last and last.pid),
-        _cell(last and last.keeper.host), len(record.starts), f"{seconds(record):.1f}", result.step,
+        record.name, record.state.value, _cell(last and last.exit_code), _cell(result.pid),
+        _cell(last and last.keeper.host), len(record.starts), _seconds_cell(record), result.step,
     ]  # fmt: skip
 
 
-def seconds(record: Record) -> float:
-    """What a trial took, all its starts together, as far as they have ended."""
+def seconds(record: Record) -> float | None:
+    """What a trial took, all its starts together, without one that runs.
+
+    None if the end of one is not known, because its keeper was killed too.
+    """
+    ends = [start.ended for start in record.starts]
+    if record.state is State.running:
+        ends.pop()
+    if None in ends:
+        return None
     return sum(start.ended - start.began for start in record.starts if start.ended is not None)
+
+
+def _seconds_cell(record: Record) -> str:
+    known = seconds(record)
+    return "" if known is None else f"{known:.1f}"
 
 
 def _cell(value: JSONValue) -> JSONValue:
@@ -204,7 +222,7 @@ def table(results: Sequence[Result], by: Metric | None) -> tuple[list[str], list
         last = record.starts[-1] if record.starts else None
         row = [
             "*" if result is best else "", record.name, record.state.value,
-            str(_cell(last and last.exit_code)), str(_cell(last and last.pid)),
+            str(_cell(last and last.exit_code)), str(_cell(result.pid)),
             str(len(record.starts)), progress.duration(seconds(record) or None), str(result.step),
             *(_short(record.overrides.get(k)) for k in keys),
         ]  # fmt: skip

@@ -5,25 +5,26 @@ A trial runs under a keeper, which outlives the scheduler and writes the exit co
 """
 
 import contextlib
-import itertools
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
+from dcae_jax.errors import IN_USE
 from dcae_jax.report import progress, writers
 from dcae_jax.sweeps import processes
-from dcae_jax.sweeps.backends import Backend
+from dcae_jax.sweeps.backends import Backend, Kind
 from dcae_jax.sweeps.definition import Base, Trial
 from dcae_jax.sweeps.folder import Folder, Kept, Record, Silence, Start, State
 
-PREEMPTED, PROCESS_GONE = 42, 43  # exit codes of main.py after which a start is sensible
+USAGE = 2  # exit code of main.py; also where an earlier start's process still has the workdir
+PREEMPTED, PROCESS_GONE = 42, 43  # those after which a start is sensible
 _TERMINATED, _KILLED = (-15, 143), (-9, 137)  # by a signal; as Python and as shells tell it
-_TRIES = 4  # starts in a row that end by what may be the machine's fault
+_TRIES = 4  # starts in a row that end by what may be the machine's fault, and come no further
 _LONGEST_PAUSE = 300.0  # seconds
 _POLL_SECONDS = 0.2
 _STATUS_SECONDS = 60.0
@@ -150,12 +151,24 @@ class Scheduler:
         """Starts trials on free slots; whether any was started."""
         free = set(range(self._slots)) - {r.start.slot for r in self._running.values()}
         started = False
-        for slot in sorted(free)[: max(self._slots - len(self._running), 0)]:
+        for _ in range(min(len(free), self._slots - len(self._running))):
             if (record := self._next()) is None:
                 break
+            slot = self._slot(record, free)
+            free.remove(slot)
             self._start(record, slot)
             started = True
         return started
+
+    def _slot(self, record: Record, free: set[int]) -> int:
+        """The trial's last slot if it is free: a job or a TPU may still run it there.
+
+        Else one that no other trial comes back to, if there is one.
+        """
+        if record.starts and record.starts[-1].slot in free:
+            return record.starts[-1].slot
+        waiting = [r for r in self._open() if r.starts and r.name not in self._running]
+        return min(free - {r.starts[-1].slot for r in waiting} or free)
 
     def _next(self) -> Record | None:
         """A trial that may start now: in order, new ones of a search last."""
@@ -178,12 +191,15 @@ class Scheduler:
         flags = [
             *self._base.flags(), *trial.flags(), f"--workdir={self._folder.workdir(record.name)}"
         ]  # fmt: skip
+        job_file = self._folder.job_file(record.name)
+        if self._backend.kind is Kind.slurm:
+            os.makedirs(os.path.dirname(job_file), exist_ok=True)
         child = processes.gated(
             [
                 sys.executable, "-m", "dcae_jax.sweeps.keeper",
                 str(self._folder.kept_path(record.name, number)),
                 str(self._folder.log(record.name, number)),
-                *self._backend.command(flags, slot, record.name),
+                *self._backend.command(flags, slot, record.name, job_file),
             ],
             self._backend.environment(slot), subprocess.DEVNULL,
         )  # fmt: skip
@@ -209,17 +225,12 @@ class Scheduler:
 
     def _alive(self, running: Running) -> bool:
         """Whether the start still runs, as far as can be seen from here."""
-        keeper, name = running.start.keeper, running.record.name
-        if running.child is not None:
-            if running.child.poll() is None:
-                return True
-        elif keeper.is_here() and keeper.alive():
+        if running.child is not None and running.child.poll() is None:
             return True
-        kept = self._folder.kept(name, running.start.number)
-        if kept is not None and kept.ended is not None:
-            return False
-        if keeper.is_here():  # its keeper was killed, or never began
-            return kept is not None and kept.process.alive()
+        lives = self._folder.lives(running.record)
+        if lives is not None:
+            return lives
+        kept = self._folder.kept(running.record.name, running.start.number)
         return not running.silence.gone(kept.beat if kept else -1)
 
     def _ended(self, running: Running, kept: Kept | None) -> None:
@@ -227,6 +238,7 @@ class Scheduler:
         if kept is not None:
             start.pid, start.exit_code, start.error = kept.process.pid, kept.exit_code, kept.error
             start.ended = kept.ended
+        start.reached = self._newest_step(record.name)
         record.state = self._outcome(running)
         self._folder.write_record(record)
         if record.name in self._removed:
@@ -247,7 +259,9 @@ class Scheduler:
             return State.done
         if record.prune and code in (PREEMPTED, *_TERMINATED, None):
             return State.pruned
-        if code is not None and code not in (PREEMPTED, PROCESS_GONE, *_TERMINATED, *_KILLED):
+        in_use = code == USAGE and IN_USE in start.error
+        again = (PREEMPTED, PROCESS_GONE, *_TERMINATED, *_KILLED)
+        if code is not None and code not in again and not in_use:
             return State.failed
         if code in _KILLED:
             start.error = "killed by signal 9: out of memory, or kill -9"
@@ -260,20 +274,28 @@ class Scheduler:
             start.error = f"started {count} times (--max-restarts); {start.error}"
             return State.failed
         start.by_machine = not running.told and (
-            code in (PROCESS_GONE, *_KILLED) or (code is None and running.child is not None)
+            code in (PROCESS_GONE, *_KILLED)
+            or in_use
+            or (code is None and running.child is not None)
         )
         return self._later(record) if start.by_machine else State.preempted
 
     def _later(self, record: Record) -> State:
         """After a failure that may be of the machine: again after a pause, but not for ever."""
-        counted = record.starts[record.forgiven :]
-        row = len(list(itertools.takewhile(lambda start: start.by_machine, reversed(counted))))
+        row = _in_a_row(record.starts[record.forgiven :])
         if row >= _TRIES:
-            record.starts[-1].error = f"{row} times in a row: {record.starts[-1].error}"
+            record.starts[
+                -1
+            ].error = f"{row} times in a row without a step more: {record.starts[-1].error}"
             return State.failed
         pause = min(self._limits.backoff * 2 ** (row - 1), _LONGEST_PAUSE)
         self._not_before[record.name] = time.monotonic() + pause
         return State.preempted
+
+    def _newest_step(self, name: str) -> int:
+        """Of the metrics of a trial's run; 0 without any."""
+        rows = writers.read_metrics(self._folder.workdir(name))
+        return rows[-1]["step"] if rows else 0
 
     def _has_finished(self, record: Record) -> bool:
         """Whether the run has written its summary, at its last step."""
@@ -326,8 +348,11 @@ class Scheduler:
         start = record.starts[-1]
         log = self._folder.log(record.name, start.number)
         if record.state is State.done:
-            seconds = (start.ended or time.time()) - start.began
-            self._say(f"{record.name}: done in {progress.duration(seconds)}")
+            took = (
+                f"in {progress.duration(start.ended - start.began)}" if start.ended is not None
+                else "in an unknown time, since its keeper was killed"
+            )  # fmt: skip
+            self._say(f"{record.name}: done {took}")
         elif record.state is State.pruned:
             self._say(f"{record.name}: pruned")
         elif record.state is State.failed:
@@ -346,6 +371,16 @@ class Scheduler:
             return
         self._said = time.monotonic()
         for name in self._running:
-            rows = writers.read_metrics(self._folder.workdir(name))
-            step = rows[-1]["step"] if rows else 0
-            self._say(f"{name}: step {step} of {self._steps.get(name, '?')}")
+            self._say(f"{name}: step {self._newest_step(name)} of {self._steps.get(name, '?')}")
+
+
+def _in_a_row(starts: Sequence[Start]) -> int:
+    """How many starts ended by what may be the machine's fault since the run last came further."""
+    row = 0
+    for i in range(len(starts) - 1, -1, -1):
+        if not starts[i].by_machine:
+            break
+        row += 1
+        if starts[i].reached > max((start.reached for start in starts[:i]), default=0):
+            break
+    return row

@@ -35,7 +35,9 @@ class Job:
 def run(job: Job) -> int:
     """The trials to their end; the exit code."""
     old, by = job.folder.manifest(), job.metric()
-    if old is not None:
+    if old is None:
+        job.folder.refuse_other()
+    else:
         _refuse_other(job, old)
     trials = _searched(job, old, by) if job.options.search else _named(job, old)
     checked = [*trials, *(search.probes(job.base) if job.options.search else ())]
@@ -142,7 +144,8 @@ def _dry_run(job: Job, trials: Sequence[Trial]) -> int:
         slot = i % job.options.slots
         workdir = f"--workdir={job.folder.workdir(trial.name)}"
         flags = [*job.base.flags(), *trial.flags(), workdir]
-        command = shlex.join(job.backend.command(flags, slot, trial.name))
+        job_file = job.folder.job_file(trial.name)
+        command = shlex.join(job.backend.command(flags, slot, trial.name, job_file))
         gpus = job.backend.gpus[slot] if job.backend.gpus else ()
         print(f"CUDA_VISIBLE_DEVICES={','.join(gpus)} {command}" if gpus else command)
     return 0

@@ -54,8 +54,8 @@ def sweep_seed():
 
 
 def sweep_exits():
-    """Good, preempted, without a process, failed, killed, killed for ever."""
-    for exits in ((), (42, 42), (43,), (1,), (-9,), (-9, -9, -9, -9), (-15,)):
+    """Good, preempted, without a process, failed, killed, killed for ever, or after a step each."""
+    for exits in ((), (42, 42), (43,), (1,), (-9,), (-9, -9, -9, -9), (-15,), (1043,) * 5):
         yield {"task.exits": exits}
 
 

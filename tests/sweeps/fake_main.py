@@ -16,6 +16,7 @@ signal.signal(signal.SIGTERM, lambda number, frame: told.append(number))  # as e
 from etils import epath  # noqa: E402
 
 from dcae_jax import config, flags  # noqa: E402
+from dcae_jax.errors import IN_USE  # noqa: E402
 from dcae_jax.report import writers  # noqa: E402
 
 
@@ -30,7 +31,7 @@ def main(argv):
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"error: {workdir} is in use")
+            print(f"error: {workdir} {IN_USE} another process; stop it")
             return 2
         return start(cfg, workdir)
 
@@ -46,6 +47,13 @@ def start(cfg, workdir):
 def run(cfg, workdir, number):
     if number < len(cfg.task.exits):
         code = cfg.task.exits[number]
+        if code > 1000:
+            step = number + 1
+            metrics = writers.MetricsWriter(workdir, number)
+            metrics.write_scalars(step, {"train/loss": 1 / step})
+            metrics.flush()
+            (workdir / "step.txt").write_text(str(step))
+            return code - 1000
         if code < 0:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             os.kill(os.getpid(), -code)
@@ -54,6 +62,7 @@ def run(cfg, workdir, number):
     done = workdir / "step.txt"
     first = int(done.read_text()) if done.exists() else 0
     metrics = writers.MetricsWriter(workdir, first)
+    psnr = cfg.task.quality  # where it was finished before
     for step in range(first + 1, cfg.steps + 1):
         time.sleep(cfg.task.seconds / cfg.steps)
         psnr = cfg.task.quality * (1 - 0.5**step)

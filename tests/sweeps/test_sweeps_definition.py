@@ -195,21 +195,23 @@ def test_metrics_by_name(wanted, better, found):
 def test_commands_of_other_backends():
     flags = ["--config=a.py", "--workdir=w"]
     slurm = Backend(Kind.slurm, "/r", "--partition=gpu --name='my {trial}'")
-    assert slurm.command(flags, 1, "lr=1")[1:] == [
-        "/r/launch/slurm.py", "--wait", "--partition=gpu", "--name=my lr=1", "--", *flags,
+    assert slurm.command(flags, 1, "lr=1", "/s/job.txt")[1:] == [
+        "/r/launch/slurm.py", "--wait", "--job-file=/s/job.txt", "--partition=gpu",
+        "--name=my lr=1", "--", *flags,
     ]  # fmt: skip
     tpu = Backend(Kind.tpu_vm, "/r", "--name=sweep-{slot} --zone=z")
-    assert tpu.command(flags, 2, "x")[1:] == [
+    assert tpu.command(flags, 2, "x", "/s/job.txt")[1:] == [
         "/r/launch/tpu_vm.py", "--name=sweep-2", "--zone=z", "--", *flags,
     ]  # fmt: skip
     many = Backend(Kind.local, "/r", processes=4)
-    assert many.command(flags, 0, "x")[1:] == [
+    assert many.command(flags, 0, "x", "/s/job.txt")[1:] == [
         "/r/launch/local.py", "--processes", "4", "--", *flags,
     ]  # fmt: skip
-    assert Backend(Kind.local, "/r").command(flags, 0, "x")[1:] == ["/r/main.py", *flags]
+    plain = Backend(Kind.local, "/r").command(flags, 0, "x", "/s/job.txt")
+    assert plain[1:] == ["/r/main.py", *flags]
     assert "is not there" in slurm.problem(1)
     with pytest.raises(UserError, match=r"--launcher=.* cannot be read: No closing quotation"):
-        Backend(Kind.slurm, "/r", "--name='a").command(flags, 0, "x")
+        Backend(Kind.slurm, "/r", "--name='a").command(flags, 0, "x", "/s/job.txt")
 
 
 def test_gpus_are_those_that_the_environment_allows(monkeypatch, tmp_path):
@@ -220,12 +222,30 @@ def test_gpus_are_those_that_the_environment_allows(monkeypatch, tmp_path):
     for name in ("JAX_PLATFORMS", "CUDA_VISIBLE_DEVICES"):
         monkeypatch.delenv(name, raising=False)
     assert backends.local_gpus() == ["0", "1", "2"]
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5, 7")
+    smi.write_text("#!/bin/sh\necho 'Driver/library version mismatch'\nexit 18\n")
+    with pytest.raises(UserError, match=r"nvidia-smi ends with 18 .Driver/library version mism"):
+        backends.local_gpus()
+    smi.unlink()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert backends.local_gpus() == []  # no driver
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5, 7,-1,3")
     assert backends.local_gpus() == ["5", "7"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert backends.local_gpus() == [] and backends.share([], 3) == ()
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     assert backends.local_gpus() == []
+
+
+def test_a_trial_of_several_processes_gets_the_gpus_of_its_slot_and_no_platform(monkeypatch):
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    two = Backend(Kind.local, str(ROOT), processes=2, gpus=(("4", "5"), ("6", "7")))
+    env = two.environment(1)
+    assert env["CUDA_VISIBLE_DEVICES"] == "6,7" and "JAX_PLATFORMS" not in env
+    # launch/local.py finds out by itself what it runs on.
+    assert not any("platform" in word for word in two.command(["--config=a.py"], 1, "x", "j"))
+    assert not two.problem(2)
+    few = Backend(Kind.local, str(ROOT), processes=2, gpus=(("4",), ("5",)))
+    assert "--processes=2 of a trial on 1 GPU(s) of its slot; lower" in few.problem(2)
 
 
 @pytest.mark.parametrize(
@@ -243,3 +263,22 @@ def test_gpus_are_those_that_the_environment_allows(monkeypatch, tmp_path):
 )  # fmt: skip
 def test_the_last_error_of_a_log(printed, error):
     assert keeper.last_error(printed) == error
+
+
+def test_out_that_is_something_else_is_refused_in_a_sentence(checkout):
+    for options in ((), ("--status",), ("--dry-run",)):
+        checkout.out.write_text("notes")
+        code, text = checkout.here(*options)
+        assert code == 2 and f"--out {checkout.out} cannot be read as a folder" in text, text
+        checkout.out.unlink()
+        checkout.out.mkdir()
+        (checkout.out / "sweep.json").write_text('{"method": "grid", "parameters": {}}')
+        code, text = checkout.here(*options)
+        assert code == 2 and "sweep.json was not written by this launch/sweep.py" in text, text
+        (checkout.out / "sweep.json").rename(checkout.out / "config.json")
+        code, text = checkout.here(*options)
+        told = "holds no sweep" if options == ("--status",) else "other files (there is 'config.j"
+        assert code == 2 and told in text, text
+        assert [path.name for path in checkout.out.iterdir()] == ["config.json"]
+        (checkout.out / "config.json").unlink()
+        checkout.out.rmdir()
