@@ -256,6 +256,22 @@ def provide(tpu: Tpu, stopping: threading.Event) -> bool:
     return True
 
 
+def clean_up(tpu: Tpu) -> None:
+    """With --delete: deletes the TPU, if there is one.  Else says what goes on costing money."""
+    command = common.shell(tpu.delete())
+    try:
+        if look(tpu) == (None, None):
+            return
+        if tpu.args.delete:
+            do(tpu.delete())
+        else:
+            say(f"{tpu.args.name} stays, and is billed; this deletes it: {command}")
+    except LaunchError as e:
+        raise LaunchError(
+            f"{e}\n  -> {tpu.args.name} may still be there, and be billed; this deletes it: {command}"
+        ) from e
+
+
 def look(tpu: Tpu) -> tuple[str | None, str | None]:
     """States of the TPU and of the queued request for it; None: there is none."""
     return ask(tpu.describe()), ask(tpu.describe_queued()) if tpu.args.queue else None
@@ -344,6 +360,22 @@ def main(argv: list[str]) -> int:
         show(tpu, args, command)
         return 0
     require_gcloud(args)
+    try:
+        code = until_done(tpu, args, command, stop_command)
+    except BaseException:
+        try:
+            clean_up(tpu)  # what went wrong comes as an error of its own, and is told last
+        except LaunchError as e:
+            print(f"error: {e}", file=sys.stderr)
+        raise
+    clean_up(tpu)
+    return code
+
+
+def until_done(
+    tpu: Tpu, args: argparse.Namespace, command: str, stop_command: Sequence[str]
+) -> int:
+    """Starts until the run has ended; a mistake at the first start is raised."""
     stopping = threading.Event()
     fresh = [True]
 
@@ -358,18 +390,18 @@ def main(argv: list[str]) -> int:
                 raise  # a mistake; later it is the network, or a zone without a free TPU
             print(f"error: {e}", file=sys.stderr)
             return common.EXIT_LOST
+        if stopping.is_set():
+            return common.EXIT_PREEMPTED
         fresh[0] = False
         return run_once(tpu, command)
 
     def stop() -> None:
         stopping.set()
-        common.capture(stop_command)
+        if not fresh[0] and (done := common.capture(stop_command)).returncode:
+            say(common.explain("ending the run", done.stderr, MENDS))
 
     with common.on_signals(stop):
-        code = common.until_done(start, args, stopping.is_set, stopping.wait)
-    if args.delete:
-        do(tpu.delete())
-    return code
+        return common.until_done(start, args, stopping.is_set, stopping.wait)
 
 
 if __name__ == "__main__":

@@ -139,6 +139,23 @@ def test_no_free_tpu_after_a_preemption_is_waited_for_and_told(launch, capfd):
     assert "--queue waits for it" in said.err and "restart 2 of 100: exit code 43" in said.out
 
 
+def test_a_tpu_whose_first_start_fails_is_deleted_or_told(launch, capfd):
+    """It is billed until then."""
+    broken = ("_worker.sh install", 1, "", "installing failed")
+    states = [NO_TPU, READY]
+    assert "installing failed" in refused(launch, [*states, broken], "--delete")
+    assert steps(launch.fakes) == ["create", "scp", "install", "delete"]
+    refused(launch, [*states, broken])
+    assert steps(launch.fakes)[4:] == ["create", "scp", "install"]
+    delete = "gcloud compute tpus tpu-vm delete t --zone=z --quiet"
+    assert f"t stays, and is billed; this deletes it: {delete}\n" in capfd.readouterr().out
+    refused(launch, [*states, broken, ("tpu-vm delete", 1, "", "quota of deletions")], "--delete")
+    assert f"may still be there, and be billed; this deletes it: {delete}" in capfd.readouterr().err
+    # What could not be made needs no deletion.
+    refused(launch, [NO_TPU, ("tpu-vm create", 1, "", "Quota")], "--delete")
+    assert steps(launch.fakes)[-2:] == ["delete", "create"]
+
+
 def test_the_end_of_the_launcher_stops_the_run_which_saves(launch):
     """SIGTERM while ssh is on its way: the workers are told, their 42 is the answer."""
     slow = (
@@ -155,7 +172,7 @@ def test_the_end_of_the_launcher_stops_the_run_which_saves(launch):
 
     threading.Thread(target=send).start()
     assert launch([READY, ("run train", 42, "", failed((0, 42)))]) == 42
-    assert launch.fakes.calls("gcloud")[-1][-1].endswith("launch/tpu_worker.sh stop train")
+    assert launch.fakes.calls("gcloud compute tpus tpu-vm ssh")[-1][-1].endswith(" stop train")
 
 
 # ----------------------------------------------------------------------------------------- mistakes
