@@ -1,6 +1,7 @@
 """Runs main.py on all workers of a TPU VM or pod: makes the TPU, copies this code, runs, restarts.
 
   launch/tpu_vm.py --name N --zone Z --type T [OPTIONS] -- --config=FILE:ARG --workdir=gs://BUCKET/DIR
+  launch/tpu_vm.py --name N --zone Z --stop
   launch/tpu_vm.py --name sana --zone us-west4-a --type v5litepod-16 --spot --queue --delete -- \\
       --config=configs/dcae_f32c32.py:phase1 --workdir=gs://my-bucket/f32c32/phase1
 
@@ -54,6 +55,8 @@ MENDS = (
     ("runtime version", "`gcloud compute tpus tpu-vm versions list --zone=ZONE` shows them; give "
      "--version"),
     ("has not been used in project", "`gcloud services enable tpu.googleapis.com` switches it on"),
+    ("not found", "is --name right? `gcloud compute tpus tpu-vm list --zone=ZONE` shows them"),
+    ("not_found", "is --name right? `gcloud compute tpus tpu-vm list --zone=ZONE` shows them"),
     ("permission", "the account lacks rights in this project: it needs the role TPU Admin"),
 )  # fmt: skip
 
@@ -63,7 +66,7 @@ def options(argv: Sequence[str]) -> argparse.Namespace:
     p = common.parser(__doc__ or "")
     p.add_argument("--name", required=True, help="name of the TPU")
     p.add_argument("--zone", required=True, help="zone, e.g. us-west4-a")
-    p.add_argument("--type", required=True, help="accelerator type, e.g. v5litepod-16, v4-32")
+    p.add_argument("--type", help="accelerator type, e.g. v5litepod-16, v4-32 (not for --stop)")
     p.add_argument("--project", help="project (gcloud's default)")
     p.add_argument("--version", help="software version (that of the type)")
     p.add_argument("--spot", action="store_true", help="spot: cheap, may be taken away")
@@ -113,9 +116,11 @@ def worker_count(accelerator: str) -> int:
 
 def check(args: argparse.Namespace, flags: Sequence[str]) -> None:
     """What can be seen to be wrong without asking anybody."""
-    count = worker_count(args.type)
     if args.stop:
         return
+    if args.type is None:
+        raise LaunchError("no --type; give the accelerator type, e.g. --type v5litepod-16")
+    count = worker_count(args.type)
     common.require_flags(flags)
     workdir = common.flag(flags, "workdir")
     if common.is_local(workdir) and not args.shared_workdir and (count > 1 or args.spot):
@@ -268,7 +273,8 @@ def clean_up(tpu: Tpu) -> None:
             say(f"{tpu.args.name} stays, and is billed; this deletes it: {command}")
     except LaunchError as e:
         raise LaunchError(
-            f"{e}\n  -> {tpu.args.name} may still be there, and be billed; this deletes it: {command}"
+            f"{e}\n  -> {tpu.args.name} may still be there, and be billed; this deletes it: "
+            f"{command}"
         ) from e
 
 
@@ -352,9 +358,13 @@ def main(argv: list[str]) -> int:
     check(args, flags)
     tpu = Tpu(args)
     stop_command = tpu.ssh(f"bash {CODE}/launch/tpu_worker.sh stop {JOB}")
-    if args.stop:
+    if args.stop and args.dry_run:
         print(common.shell(stop_command), flush=True)
-        return 0 if args.dry_run else common.capture(stop_command).returncode
+        return 0
+    if args.stop:
+        require_gcloud(args)
+        do(stop_command)  # a worker without a run says so
+        return 0
     command = run_command(args, flags)
     if args.dry_run:
         show(tpu, args, command)

@@ -175,6 +175,24 @@ def test_the_end_of_the_launcher_stops_the_run_which_saves(launch):
     assert launch.fakes.calls("gcloud compute tpus tpu-vm ssh")[-1][-1].endswith(" stop train")
 
 
+def test_stop_needs_no_type_and_says_what_came_of_it(launch, capfd):
+    def stop(*replies):
+        launch.fakes.reply(*replies, *LOGGED_IN)
+        return tpu_vm.main([*NAMED[:4], "--stop"])
+
+    said = "launch: worker 0: there is no run to stop"
+    assert stop(("stop train", 0, said)) == 0 and said in capfd.readouterr().out
+    with pytest.raises(common.LaunchError, match="is --name right"):
+        stop(("stop train", 1, "", MISSING))
+    with pytest.raises(common.LaunchError, match="not logged in"):
+        stop(("auth list", 0, ""))
+    (launch.fakes.bin / "gcloud").unlink()
+    with pytest.raises(common.LaunchError, match="no `gcloud` on PATH"):
+        stop()
+    with pytest.raises(common.LaunchError, match="give the accelerator type"):
+        tpu_vm.main([*NAMED[:4], *FLAGS])
+
+
 # ----------------------------------------------------------------------------------------- mistakes
 
 
