@@ -10,6 +10,7 @@ SIGTERM and Ctrl-C are passed on: the run saves and ends with 42.  A run that is
 
 import argparse
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -30,7 +31,10 @@ def options(argv: Sequence[str]) -> argparse.Namespace:
     """The options in front of `--`."""
     p = common.parser(__doc__ or "")
     p.add_argument("--processes", type=int, default=1, metavar="N", help="processes (1)")
-    p.add_argument("--platform", choices=("cpu", "gpu"), default="cpu", help="cpu (default) or gpu")
+    p.add_argument(
+        "--platform", choices=("auto", "cpu", "gpu"), default="auto",
+        help="auto (default): what JAX_PLATFORMS says, else gpu if GPUs are visible, else cpu",
+    )  # fmt: skip
     p.add_argument(
         "--devices-per-process", type=int, metavar="K",
         help="GPUs, or devices that XLA makes of the CPU (gpu: all shared out; cpu: 1)",
@@ -43,7 +47,9 @@ def options(argv: Sequence[str]) -> argparse.Namespace:
 def gpus() -> list[str]:
     """The GPUs that this launcher may use, as CUDA_VISIBLE_DEVICES names them."""
     if "CUDA_VISIBLE_DEVICES" in os.environ:
-        return [d for d in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if d]
+        names = [d.strip() for d in os.environ["CUDA_VISIBLE_DEVICES"].split(",")]
+        end = names.index("-1") if "-1" in names else len(names)  # CUDA stops there
+        return [d for d in names[:end] if d]
     common.require_program(
         "nvidia-smi", "without NVIDIA's driver there is no GPU here; --platform cpu runs without"
     )
@@ -53,6 +59,27 @@ def gpus() -> list[str]:
         raise LaunchError(f"`nvidia-smi -L` fails ({said}); mend the driver, or use --platform cpu")
     count = sum(line.startswith("GPU ") for line in done.stdout.splitlines())
     return [str(i) for i in range(count)]
+
+
+def platform(asked: str) -> tuple[str, str]:
+    """cpu or gpu, and why."""
+    if asked != "auto":
+        return asked, "--platform"
+    if given := os.environ.get("JAX_PLATFORMS", ""):
+        for name, words in (("gpu", ("cuda", "gpu")), ("cpu", ("cpu",))):
+            if given.split(",")[0] in words:
+                return name, f"JAX_PLATFORMS={given}"
+        raise LaunchError(
+            f"JAX_PLATFORMS={given} asks for neither CPU nor GPUs; unset it, or give --platform "
+            "cpu or gpu, which wins"
+        )
+    by = "nvidia-smi -L"
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        by = f"CUDA_VISIBLE_DEVICES={os.environ['CUDA_VISIBLE_DEVICES']}"
+    elif shutil.which("nvidia-smi") is None:
+        return "cpu", "there is no nvidia-smi here, so no GPU; --platform gpu insists"
+    count = len(gpus())
+    return ("gpu" if count else "cpu"), f"{count} GPU(s) visible ({by})"
 
 
 def devices(args: argparse.Namespace) -> list[list[str]]:
@@ -91,6 +118,8 @@ def environments(args: argparse.Namespace, shares: list[list[str]], port: int) -
     found = []
     for i, share in enumerate(shares):
         env = xla_flags.environment(args.platform, devices_per_process=len(share))
+        if args.keep_platforms:
+            del env["JAX_PLATFORMS"]
         if args.platform == "gpu":
             # Inside a Slurm job jax would otherwise take one device by SLURM_LOCALID.
             ids = ",".join(str(j) for j in range(len(share)))
@@ -172,6 +201,9 @@ def main(argv: list[str]) -> int:
     own, flags = common.split(argv)
     args = options(own)
     common.require_flags(flags)
+    args.keep_platforms = args.platform == "auto" and bool(os.environ.get("JAX_PLATFORMS"))
+    args.platform, why = platform(args.platform)
+    say(f"platform {args.platform}: {why}")
     shares = devices(args)
     command = common.main_command(args.python, flags, sum(map(len, shares)))
     envs = environments(args, shares, free_port(args.port) if args.processes > 1 else 0)

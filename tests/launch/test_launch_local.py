@@ -51,6 +51,7 @@ def stand_in(tmp_path, monkeypatch):
     python.write_text(f'#!/bin/sh\nshift; exec {sys.executable} -I {tmp_path}/main.py "$@"\n')
     python.chmod(0o755)
     monkeypatch.setenv("HERE", str(tmp_path))
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     monkeypatch.setattr(local, "GRACE", 1)
     monkeypatch.setattr(common, "BACK_OFF", (0.1, 0.1))
 
@@ -158,6 +159,35 @@ def test_mistakes_say_what_to_do(fakes, monkeypatch):
             local.main(["--", *flags])
 
 
+def test_the_platform_is_what_is_there_unless_told(fakes, monkeypatch, capsys):
+    def printed(*options):
+        local.main(["--dry-run", *options, "--", "--config=a", "--workdir=w"])
+        return capsys.readouterr().out
+
+    for name in ("JAX_PLATFORMS", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+    assert "platform cpu: there is no nvidia-smi" in printed()
+    fakes.script("nvidia-smi", "#!/bin/sh\necho 'GPU 0: H100'; echo 'GPU 1: H100'\n")
+    out = printed()
+    assert "platform gpu: 2 GPU(s) visible (nvidia-smi -L)" in out
+    assert "JAX_PLATFORMS=cuda" in out and "CUDA_VISIBLE_DEVICES=0,1" in out
+    assert "platform cpu: --platform\n" in printed("--platform", "cpu")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert "platform cpu: 0 GPU(s) visible (CUDA_VISIBLE_DEVICES=)" in printed()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,-1,6")
+    assert "platform gpu: 1 GPU(s)" in printed()
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    out = printed()
+    assert "platform cpu: JAX_PLATFORMS=cpu" in out and "[0] XLA_FLAGS=" in out
+    assert "JAX_PLATFORMS=cuda" in printed("--platform", "gpu")
+    monkeypatch.setenv("JAX_PLATFORMS", "tpu")
+    assert "neither CPU nor GPUs" in refused()
+    monkeypatch.delenv("JAX_PLATFORMS")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    fakes.script("nvidia-smi", "#!/bin/sh\necho 'driver mismatch' >&2; exit 9\n")
+    assert "(driver mismatch); mend the driver" in refused()
+
+
 # ----------------------------------------------------------------------------------- main.py itself
 
 OPTIONS = ("--config.report.every=1", "--config.checkpoint.every=4")
@@ -173,7 +203,7 @@ def test_the_printed_commands_are_the_run(tmp_path):
     env = runs.environment(PYTHONUNBUFFERED=1)
     printed = subprocess.run([*LAUNCH, "--dry-run", "--", *flags], cwd=ROOT, env=env,
                              capture_output=True, text=True, check=True)  # fmt: skip
-    lines = [line.partition("] ")[2] for line in printed.stdout.splitlines()]
+    lines = [ln.partition("] ")[2] for ln in printed.stdout.splitlines() if ln.startswith("[")]
     assert len(lines) == 2 and not (tmp_path / "run").exists()
     both = [
         subprocess.Popen(["bash", "-c", line], cwd=ROOT, env=env, stdout=subprocess.PIPE,
