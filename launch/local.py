@@ -9,6 +9,7 @@ SIGTERM and Ctrl-C are passed on: the run saves and ends with 42.  A run that is
 """
 
 import argparse
+import contextlib
 import os
 import shutil
 import signal
@@ -18,7 +19,6 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from typing import IO
 
 import common
 import xla_flags
@@ -133,29 +133,56 @@ def environments(args: argparse.Namespace, shares: list[list[str]], port: int) -
     return found
 
 
+# Runs the command in its place, which gets SIGTERM when the process of the given number is gone:
+# a launcher that is killed by kill -9 leaves nothing behind, and the run saves.  Linux has it.
+ENDS_WITH_US = """\
+import ctypes, os, signal, sys
+ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG; exec keeps it
+if os.getppid() != int(sys.argv[1]):  # gone before that
+    sys.exit(128 + signal.SIGTERM)
+os.execvp(sys.argv[2], sys.argv[2:])
+"""
+# Prints what a process prints behind its number.  A process, not a thread: it outlives the
+# launcher, as long as the other does, which could not print, and so not save, into a closed pipe.
+PREFIXED = """\
+import os, signal, sys
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    signal.signal(number, signal.SIG_IGN)
+for line in sys.stdin.buffer:
+    os.write(1, sys.argv[1].encode() + line.rstrip(b"\\n") + b"\\n")
+"""
+
+
+def _python(code: str, *words: str) -> list[str]:
+    """A small program of ours; starts fast."""
+    return [sys.executable, "-I", "-S", "-c", code, *words]
+
+
 class Job:
     """The processes of one start: started together, ended together."""
 
     def __init__(self, command: Sequence[str], envs: Sequence[dict[str, str]]) -> None:
         self.asked_to_stop = False
-        self._processes = []
+        self._processes, self._printers = [], []
+        if sys.platform == "linux":
+            command = _python(ENDS_WITH_US, str(os.getpid()), *command)
         # Ctrl-C reaches the whole process group: the job ignores it, and gets SIGTERM from us.
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)
         for i, env in enumerate(envs):
-            pipe = subprocess.PIPE if i else None
-            self._processes.append(
-                subprocess.Popen(
-                    command, env={**os.environ, **env}, stdout=pipe,
-                    stderr=subprocess.STDOUT if i else None,
-                )
-            )  # fmt: skip
+            self._start(command, {**os.environ, **env}, f"[{i}] " if i else "")
         signal.signal(signal.SIGINT, before)
-        self._printers = [
-            threading.Thread(target=_prefixed, args=(p.stdout, f"[{i}] "), daemon=True)
-            for i, p in enumerate(self._processes) if i
-        ]  # fmt: skip
-        for thread in self._printers:
-            thread.start()
+
+    def _start(self, command: Sequence[str], env: dict[str, str], prefix: str) -> None:
+        """One process, and another that prints its output behind a prefix."""
+        if not prefix:
+            self._processes.append(subprocess.Popen(command, env=env))
+            return
+        printer = subprocess.Popen(_python(PREFIXED, prefix), stdin=subprocess.PIPE)
+        with printer.stdin as pipe:
+            self._processes.append(
+                subprocess.Popen(command, env=env, stdout=pipe, stderr=subprocess.STDOUT)
+            )
+        self._printers.append(printer)
 
     def stop(self) -> None:
         """SIGTERM to all that run; the second time they are killed."""
@@ -177,16 +204,11 @@ class Job:
                     p.kill()
                 deadline = float("inf")
             time.sleep(0.1)
-        for thread in self._printers:
-            thread.join(timeout=5)
+        for printer in self._printers:  # what else holds the pipe may go on
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                printer.wait(timeout=5)
         first = first or next((p.returncode for p in self._processes if p.returncode), 0)
         return _exit_code(first)
-
-
-def _prefixed(pipe: IO[bytes], prefix: str) -> None:
-    for line in pipe:
-        sys.stdout.buffer.write(prefix.encode() + line.rstrip(b"\n") + b"\n")
-        sys.stdout.flush()
 
 
 def _exit_code(code: int) -> int:

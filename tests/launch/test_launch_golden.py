@@ -20,7 +20,8 @@ BUCKET = ["--", CONFIG, "--workdir=gs://my-bucket/f32c32"]
 SHARED = ["--", CONFIG, "--workdir=/shared/runs/f32c32", "--config.optim.lr=2e-4"]
 CASES = {
     "local_cpu": ["local", "--processes", "2", "--platform", "cpu", "--devices-per-process",
-                  "4", "--port", "29501", "--", "--config=configs/demo.py:phase1", "--workdir=runs/two words"],
+                  "4", "--port", "29501", "--", "--config=configs/demo.py:phase1",
+                  "--workdir=runs/two words"],
     "local_gpu": ["local", "--processes", "2", "--platform", "gpu", "--port", "29501", *SHARED],
     "local_one": ["local", "--", "--config=configs/demo.py:phase1", "--workdir=runs/one"],
     "slurm_process_per_gpu": ["slurm", "--nodes", "2", "--gpus-per-node", "8", "--time", "24:00:00",

@@ -131,6 +131,33 @@ def test_signals_are_passed_on_and_their_42_is_no_reason_to_start_again(
     assert "\nsaved" in out and "\n[1] saved" in out and "restart" not in out
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells children of the end")
+def test_a_launcher_that_is_killed_leaves_nothing_and_the_run_saves(stand_in, tmp_path):
+    (tmp_path / "do").write_text("wait wait")
+    launcher = subprocess.Popen(
+        [sys.executable, "launch/local.py", "--python", str(tmp_path / "python"),
+         "--processes", "2", "--", "--config=a", "--workdir=w"],
+        cwd=ROOT, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    while not all((tmp_path / f"starts{i}").exists() for i in (0, 1)):
+        time.sleep(0.05)
+    time.sleep(0.2)  # the number of each is written
+    launcher.kill()
+    out = launcher.communicate(timeout=20)[0]  # until the last that could print is gone
+    assert "\nsaved\n" in out and "\n[1] saved\n" in out
+    for pid in pids(tmp_path, 0) + pids(tmp_path, 1):
+        assert not alive(pid)
+
+
+def alive(pid):
+    """Whether a process runs; one that waits to be collected does not."""
+    try:
+        stat = pathlib.Path(f"/proc/{pid}/stat").read_text()
+    except FileNotFoundError:
+        return False
+    return stat.rpartition(")")[2].split()[0] != "Z"
+
+
 def refused(*argv):
     with pytest.raises(common.LaunchError) as e:
         local.main([*argv, "--", "--config=a", "--workdir=w"])
@@ -229,7 +256,7 @@ def test_a_run_of_two_processes_goes_on_after_a_preemption(tmp_path):
         text += line
         if line.startswith("step 1/"):
             children = pathlib.Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
-            os.kill(int(children[1]), signal.SIGTERM)
+            os.kill(int(children[-1]), signal.SIGTERM)  # of process 1
     assert job.wait() == 0, text
     (saved,) = map(int, re.findall(r"preempted: saved step (\d+)", text))
     assert "restart 1 of 100: exit code 42 (preempted and saved)" in text
