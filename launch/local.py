@@ -24,6 +24,11 @@ import common
 import xla_flags
 from common import LaunchError, say
 
+# What makes main.py the process of another run: of a Slurm step, a pod or a launcher around us.
+FOREIGN = (
+    "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS", "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES",
+    "JAX_PROCESS_ID", "JAX_LOCAL_DEVICE_IDS", "TPU_WORKER_HOSTNAMES", "MEGASCALE_NUM_SLICES",
+)  # fmt: skip
 GRACE = 20  # seconds that the others get to end by themselves after one has failed
 
 
@@ -133,6 +138,17 @@ def environments(args: argparse.Namespace, shares: list[list[str]], port: int) -
     return found
 
 
+def own_environment() -> dict[str, str]:
+    """The launcher's, without what would make this a part of another run."""
+    return {k: v for k, v in os.environ.items() if k not in FOREIGN}
+
+
+def printed(command: Sequence[str], env: dict[str, str]) -> str:
+    """The command as it can be typed where the launcher was."""
+    unset = [w for name in FOREIGN if name in os.environ for w in ("-u", name)]
+    return " ".join([*(["env", *unset] if unset else []), common.shell(command, env)])
+
+
 # Runs the command in its place, which gets SIGTERM when the process of the given number is gone:
 # a launcher that is killed by kill -9 leaves nothing behind, and the run saves.  Linux has it.
 ENDS_WITH_US = """\
@@ -169,7 +185,7 @@ class Job:
         # Ctrl-C reaches the whole process group: the job ignores it, and gets SIGTERM from us.
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)
         for i, env in enumerate(envs):
-            self._start(command, {**os.environ, **env}, f"[{i}] " if i else "")
+            self._start(command, own_environment() | env, f"[{i}] " if i else "")
         signal.signal(signal.SIGINT, before)
 
     def _start(self, command: Sequence[str], env: dict[str, str], prefix: str) -> None:
@@ -230,7 +246,7 @@ def main(argv: list[str]) -> int:
     command = common.main_command(args.python, flags, sum(map(len, shares)))
     envs = environments(args, shares, free_port(args.port) if args.processes > 1 else 0)
     for i, env in enumerate(envs):
-        print(f"[{i}] {common.shell(command, env)}", flush=True)
+        print(f"[{i}] {printed(command, env)}", flush=True)
     if args.dry_run:
         return 0
     job: list[Job] = []

@@ -25,7 +25,7 @@ from conftest import ROOT
 STAND_IN = """\
 import json, os, pathlib, signal, sys, time
 here, index = pathlib.Path(os.environ["HERE"]), os.environ.get("JAX_PROCESS_ID", "0")
-names = ("JAX_", "CUDA_", "XLA_")
+names = ("JAX_", "CUDA_", "XLA_", "SLURM_")
 env = {k: v for k, v in os.environ.items() if k.startswith(names)}
 starts = here / f"starts{index}"
 n = len(starts.read_text().split()) if starts.exists() else 0
@@ -83,6 +83,21 @@ def test_each_process_gets_its_number_and_output_is_told_apart(stand_in, capfd):
 def test_one_process_is_started_without_a_coordinator(stand_in, capfd):
     assert stand_in(["0"]) == 0
     assert "JAX_NUM_PROCESSES" not in capfd.readouterr().out
+
+
+def test_one_process_in_a_slurm_step_of_several_is_a_run_of_its_own(
+    stand_in, capfd, monkeypatch, tmp_path
+):
+    others = {"SLURM_NTASKS": "4", "SLURM_PROCID": "2", "JAX_NUM_PROCESSES": "4"}
+    for name, value in (others | {"SLURM_JOB_ID": "7"}).items():
+        monkeypatch.setenv(name, value)
+    assert stand_in(["0", "0"]) == 0
+    out = capfd.readouterr().out
+    env = json.loads(re.search(r"^env (.*)", out, re.M)[1])
+    assert env["SLURM_JOB_ID"] == "7" and not others.keys() & env.keys()
+    line = re.search(r"^\[0\] (.*)", out, re.M)[1]  # as printed it is the same
+    typed = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=True).stdout
+    assert json.loads(re.search(r"^env (.*)", typed, re.M)[1]) == env
 
 
 def test_42_starts_all_again_and_43_and_kill_9_too(stand_in, tmp_path, capfd):
