@@ -21,6 +21,8 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 EXIT_USAGE = 2  # what main.py calls wrong usage, a launcher does too
 EXIT_PREEMPTED = 42  # main.py: saved, start me again
 EXIT_LOST = 43  # main.py: another process of the run is gone or never came
+# Killed from outside, and aborted: jax does that to a process whose heartbeats are missed.
+EXIT_GONE = (128 + signal.SIGKILL, 128 + signal.SIGABRT)
 BACK_OFF = (10, 300)  # seconds before the first restart after a 43, doubled up to the second
 
 

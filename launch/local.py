@@ -228,10 +228,9 @@ class Job:
 
 
 def _exit_code(code: int) -> int:
-    """A process that was killed from outside (by hand, or for memory) is one that is gone."""
-    if code == -signal.SIGKILL:
-        return common.EXIT_LOST
-    return code if code >= 0 else 128 - code
+    """A process that was killed from outside (by hand, for memory, by jax) is one that is gone."""
+    code = code if code >= 0 else 128 - code
+    return common.EXIT_LOST if code in common.EXIT_GONE else code
 
 
 def main(argv: list[str]) -> int:

@@ -168,15 +168,15 @@ process=$(declare -f wait_for; cat <<'END'
 trap 'interrupted=yes; kill -TERM $child 2>/dev/null' TERM
 {command} &
 child=$!
-wait_for $child
-case $code in 0|42|43) exit $code;; 137) exit 43;; 2) exit 202;; *) exit 201;; esac
+wait_for $child  # 137: killed from outside; 134: aborted by jax, for a process that does not answer
+case $code in 0|42|43) exit $code;; 134|137) exit 43;; 2) exit 202;; *) exit 201;; esac
 END
 )
 trap 'interrupted=yes; say "SIGTERM from Slurm; the processes save"' TERM  # they get it, too
 # Processes that are left when one has ended have a minute for their message.
 srun --kill-on-bad-exit=0 --wait=60{cpus} bash -c "$process" &
 wait_for $!
-case $code in 137) code=43;; 202) code=2;; 201) code=1;; esac
+case $code in 134|137) code=43;; 202) code=2;; 201) code=1;; esac
 say "the run ended with exit code $code"
 
 again() {{  # the same job once more, unless Slurm has taken the matter into its own hands

@@ -315,7 +315,7 @@ def exit_code(code: int, stderr: str) -> int:
     workers that were preempted (42).
     """
     codes = [int(c) for _, c in FAILED.findall(stderr)] or [code]
-    gone = (LOST, 137)  # no connection; killed from outside
+    gone = (LOST, *common.EXIT_GONE)  # no connection; killed, or aborted by jax
     for c in codes:
         if c not in (0, common.EXIT_PREEMPTED, common.EXIT_LOST, *gone):
             return c

@@ -21,7 +21,8 @@ import runs
 from conftest import ROOT
 
 # Prints what it was given; then does what the file DO says: a line for each start, in it a word for
-# each process: an exit code, `wait` (for SIGTERM, then 42), `die` (as if killed from outside).
+# each process: an exit code, `wait` (for SIGTERM, then 42), `die` (as if killed from outside),
+# `abort` (as jax does).
 STAND_IN = """\
 import json, os, pathlib, signal, sys, time
 here, index = pathlib.Path(os.environ["HERE"]), os.environ.get("JAX_PROCESS_ID", "0")
@@ -35,8 +36,8 @@ with open(starts, "a") as file:
 print("argv", json.dumps(sys.argv[1:]))
 print("env", json.dumps(env), flush=True)
 what = (here / "do").read_text().splitlines()[n].split()[int(index)]
-if what == "die":
-    os.kill(os.getpid(), signal.SIGKILL)
+if what in ("die", "abort"):
+    os.kill(os.getpid(), signal.SIGKILL if what == "die" else signal.SIGABRT)
 if what == "wait":
     time.sleep(60)
 sys.exit(int(what))
@@ -101,13 +102,14 @@ def test_one_process_in_a_slurm_step_of_several_is_a_run_of_its_own(
 
 
 def test_42_starts_all_again_and_43_and_kill_9_too(stand_in, tmp_path, capfd):
-    do = ["42 42", "43 43", "die 43", "0 0"]
+    do = ["42 42", "43 43", "die 43", "abort 43", "0 0"]
     assert stand_in(do, "--processes", "2") == 0
     out = capfd.readouterr().out
-    assert len(pids(tmp_path, 0)) == len(pids(tmp_path, 1)) == 4
+    assert len(pids(tmp_path, 0)) == len(pids(tmp_path, 1)) == 5
     assert "restart 1 of 100: exit code 42 (preempted and saved)" in out
     assert "restart 2 of 100: exit code 43 (a process is gone, 1 in a row)" in out
     assert "restart 3 of 100: exit code 43 (a process is gone, 2 in a row)" in out
+    assert "restart 4 of 100: exit code 43 (a process is gone, 3 in a row)" in out
 
 
 def test_no_more_restarts_than_allowed(stand_in, tmp_path, capfd):

@@ -177,7 +177,8 @@ def script(cluster, tmp_path, monkeypatch):
         ("1 43", 1, False),  # it failed by itself; the other was left behind
         ("43 2", 2, False),
         ("42 1", 1, False),
-        ("134 43", 1, False),  # a crash
+        ("134 43", 43, True),  # aborted by jax
+        ("139 43", 1, False),  # a crash
     ],
 )
 def test_codes_of_processes_and_what_is_requeued(script, codes, code, again):

@@ -104,6 +104,7 @@ def test_a_queued_tpu_is_waited_for(launch, capfd):
     [
         (42, failed((0, 42), (1, 42)), "exit code 42 (preempted and saved)"),
         (43, failed((0, 43), (1, 137)), "exit code 43 (a process is gone, 1 in a row)"),
+        (134, failed((0, 134), (1, 0)), "exit code 43 (a process is gone, 1 in a row)"),
         (255, "Connection closed by remote host", "exit code 43 (a process is gone, 1 in a row)"),
         (43, failed((0, 43), (3, 255)), "exit code 43 (a process is gone, 1 in a row)"),
     ],
