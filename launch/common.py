@@ -24,6 +24,7 @@ EXIT_LOST = 43  # main.py: another process of the run is gone or never came
 # Killed from outside, and aborted: jax does that to a process whose heartbeats are missed.
 EXIT_GONE = (128 + signal.SIGKILL, 128 + signal.SIGABRT)
 BACK_OFF = (10, 300)  # seconds before the first restart after a 43, doubled up to the second
+PROGRESS = 600  # seconds; a start that lived longer than this begins the count of 43 in a row anew
 
 
 class LaunchError(Exception):
@@ -51,7 +52,8 @@ def parser(doc: str) -> argparse.ArgumentParser:
     )
     found.add_argument(
         "--max-failures", type=int, default=10, metavar="N",
-        help="of those, for exit code 43 in a row: a process is gone or never came (10)",
+        help="of those, for exit code 43 in a row: a process is gone or never came (10); a start "
+        f"that lived {PROGRESS // 60} minutes ends the row",
     )  # fmt: skip
     return found
 
@@ -155,15 +157,21 @@ def until_done(
     args: argparse.Namespace,
     stopped: Callable[[], bool] = lambda: False,
     sleep: Callable[[float], object] = time.sleep,
+    lived: Callable[[], float] | None = None,
 ) -> int:
     """Calls `start` until its exit code is neither 42 nor 43, or no restart is left.
 
     After 42 at once; after 43, a failure of a machine or a process, with a growing pause, which a
-    42 ends.  `stopped`: whoever launched asked to end, so that a 42 is the answer and no reason.
+    42 ends, or a start that lived longer than PROGRESS.  `stopped`: whoever launched asked to end,
+    so that a 42 is the answer and no reason.  `lived`: seconds that main.py ran in the last start,
+    where a start does more than that.
     """
     restarts = failures = 0
+    begun = time.monotonic()
+    lived = lived or (lambda: time.monotonic() - begun)
     say("start")
     while (code := start()) in (EXIT_PREEMPTED, EXIT_LOST) and not stopped():
+        failures = 0 if lived() > PROGRESS else failures
         failures = failures + 1 if code == EXIT_LOST else 0
         why = f"a process is gone, {failures} in a row" if failures else "preempted and saved"
         if restarts == args.max_restarts or failures > args.max_failures:
@@ -177,6 +185,7 @@ def until_done(
             if stopped():
                 break
         say(f"restart {restarts} of {args.max_restarts}: exit code {code} ({why})")
+        begun = time.monotonic()
     say(f"the job ended with exit code {code}")
     return code
 

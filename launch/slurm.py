@@ -190,7 +190,8 @@ again() {{  # the same job once more, unless Slurm has taken the matter into its
     say "Slurm itself has requeued or cancelled the job"
   fi
 }}
-failures={failures}-$SLURM_JOB_ID.failures  # of 43 in a row
+failures={failures}-$SLURM_JOB_ID.failures  # of 43 in a row, since a start that lived long
+[ "$SECONDS" -gt {progress} ] && rm -f "$failures"
 case $code in
   42) rm -f "$failures"; again "preempted and saved";;
   43)
@@ -221,7 +222,7 @@ def script(args: argparse.Namespace, flags: Sequence[str], name: str, path: str)
         setup="\n".join(args.setup) or "# (no --setup)", exports=_exports(args),
         process=_process(args), max_restarts=args.max_restarts, max_failures=args.max_failures,
         command=common.shell(common.main_command(args.python, flags, total)),
-        failures=shlex.quote(f"{args.logs}/{name}"),
+        progress=common.PROGRESS, failures=shlex.quote(f"{args.logs}/{name}"),
         # srun does not take it over from sbatch.
         cpus=f" --cpus-per-task={args.cpus_per_process}" if args.cpus_per_process else "",
     )  # fmt: skip

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Sequence
 
 import common
@@ -388,8 +389,10 @@ def until_done(
     """Starts until the run has ended; a mistake at the first start is raised."""
     stopping = threading.Event()
     fresh = [True]
+    lived = [0.0]
 
     def start() -> int:
+        lived[0] = 0.0  # waiting for a TPU is none of it
         try:
             if provide(tpu, stopping) or fresh[0]:
                 if stopping.is_set():
@@ -403,7 +406,10 @@ def until_done(
         if stopping.is_set():
             return common.EXIT_PREEMPTED
         fresh[0] = False
-        return run_once(tpu, command)
+        begun = time.monotonic()
+        code = run_once(tpu, command)
+        lived[0] = time.monotonic() - begun
+        return code
 
     def stop() -> None:
         stopping.set()
@@ -411,7 +417,7 @@ def until_done(
             say(common.explain("ending the run", done.stderr, MENDS))
 
     with common.on_signals(stop):
-        return common.until_done(start, args, stopping.is_set, stopping.wait)
+        return common.until_done(start, args, stopping.is_set, stopping.wait, lambda: lived[0])
 
 
 if __name__ == "__main__":

@@ -58,6 +58,24 @@ def test_a_job_is_started_again_on_42_and_43_only(codes, restarts, waits, capsys
     assert ("no restart left (--max-restarts" in out) == (len(codes) == 9)
 
 
+def test_a_start_that_lived_long_begins_a_new_row(monkeypatch):
+    clock, slept = [0.0], []
+    monkeypatch.setattr(common.time, "monotonic", lambda: clock[0])
+    left = [(1, 43), (599, 43), (601, 43), (5, 43), (1, 0)]
+    limits = argparse.Namespace(max_restarts=100, max_failures=2)
+
+    def start():
+        seconds, code = left.pop(0)
+        clock[0] += seconds
+        return code
+
+    def sleep(seconds):  # which is no progress
+        slept.append(seconds)
+        clock[0] += 1000
+
+    assert common.until_done(start, limits, sleep=sleep) == 0 and slept == [10, 20, 10, 20]
+
+
 def test_who_asked_for_the_end_gets_it(capsys):
     limits, asked = argparse.Namespace(max_restarts=100, max_failures=10), iter([False, True])
     assert common.until_done(lambda: 42, limits, lambda: True) == 42

@@ -198,6 +198,8 @@ def test_failures_in_a_row_wait_longer_and_longer(script):
     assert script.sleeps.read_text().split() == ["10", "60", "20", "60", "40", "60"]
     assert script("42 42", *CPU)[0] == 42  # which ends the row
     assert "gone, 1 in a row; waiting 10 s" in script("43 43", *CPU)[1]
+    assert "gone, 2 in a row" in script("43 43", *CPU, SECONDS="500")[1]
+    assert "gone, 1 in a row" in script("43 43", *CPU, SECONDS="601")[1]  # it had lived long
 
 
 def test_restarts_end(script):
