@@ -41,8 +41,11 @@ def split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     return own[:at], own[at + 1 :]
 
 
-def parser(doc: str) -> argparse.ArgumentParser:
-    """An empty parser with a launcher's docstring as help and the options that all have."""
+def parser(doc: str, *, max_failures: bool = True) -> argparse.ArgumentParser:
+    """A parser with a launcher's docstring as help and the options that all have.
+
+    `max_failures`: whether 43 in a row are counted, as all but JobSet can.
+    """
     found = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -50,11 +53,12 @@ def parser(doc: str) -> argparse.ArgumentParser:
     found.add_argument(
         "--max-restarts", type=int, default=100, metavar="N", help="starts after the first (100)"
     )
-    found.add_argument(
-        "--max-failures", type=int, default=10, metavar="N",
-        help="of those, for exit code 43 in a row: a process is gone or never came (10); a start "
-        f"that lived {PROGRESS // 60} minutes ends the row",
-    )  # fmt: skip
+    if max_failures:
+        found.add_argument(
+            "--max-failures", type=int, default=10, metavar="N",
+            help="of those, for exit code 43 in a row: a process is gone or never came (10); a start "
+            f"that lived {PROGRESS // 60} minutes ends the row",
+        )  # fmt: skip
     return found
 
 

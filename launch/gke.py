@@ -63,7 +63,7 @@ WAITING = (
 
 def options(argv: Sequence[str]) -> argparse.Namespace:
     """The options in front of `--`."""
-    p = common.parser(__doc__ or "")
+    p = common.parser(__doc__ or "", max_failures=False)  # JobSet counts restarts alone
     p.add_argument("--image", required=True, help="image of launch/Dockerfile in a registry")
     p.add_argument("--tpu", metavar="KIND", help="label gke-tpu-accelerator, tpu-v6e-slice, ...")
     p.add_argument("--topology", metavar="AxB", help="label gke-tpu-topology of a slice, e.g. 4x4")
