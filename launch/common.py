@@ -56,8 +56,8 @@ def parser(doc: str, *, max_failures: bool = True) -> argparse.ArgumentParser:
     if max_failures:
         found.add_argument(
             "--max-failures", type=int, default=10, metavar="N",
-            help="of those, for exit code 43 in a row: a process is gone or never came (10); a start "
-            f"that lived {PROGRESS // 60} minutes ends the row",
+            help="of those, for exit code 43 in a row: a process is gone or never came (10); a "
+            f"start that lived {PROGRESS // 60} minutes ends the row",
         )  # fmt: skip
     return found
 
