@@ -204,7 +204,7 @@ def selector(args: argparse.Namespace) -> dict[str, str]:
 def environment(args: argparse.Namespace, name: str) -> list[dict[str, Any]]:
     """Variables of a pod.  TPU pods get their neighbours' names from GKE, GPU pods from here."""
     platform = "tpu" if args.tpu else "gpu"
-    env = xla_flags.environment(platform, nodes=machines(args), slices=args.slices, given={})
+    env = xla_flags.passed_on(platform, nodes=machines(args), slices=args.slices)
     env["PYTHONUNBUFFERED"] = "1"
     if args.gpu and args.nodes > 1:
         env |= {

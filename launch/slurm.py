@@ -229,12 +229,10 @@ def script(args: argparse.Namespace, flags: Sequence[str], name: str, path: str)
 
 
 def _exports(args: argparse.Namespace) -> str:
-    """What is the same on all processes; flags that the user has set follow ours, and win."""
+    """What is the same on all processes; what the job's environment has set wins."""
     env = xla_flags.environment(args.platform, nodes=args.nodes, given={})
-    lines = [
-        f'export {k}="{v} ${{{k}:-}}"' if "FLAGS" in k else f"export {k}={shlex.quote(v)}"
-        for k, v in env.items()
-    ]
+    forms = {"XLA_FLAGS": 'export {k}="{v} ${{{k}:-}}"', "NCCL_DEBUG": 'export {k}="${{{k}:-{v}}}"'}
+    lines = [forms.get(k, "export {k}={v}").format(k=k, v=v) for k, v in env.items()]
     if args.nodes * processes_per_node(args) > 1:
         port = str(args.port) if args.port else "$((20000 + SLURM_JOB_ID % 20000))"
         lines += [f"export JAX_COORDINATOR_ADDRESS=$host:{port}"]

@@ -206,7 +206,7 @@ UNPACK = f"mkdir -p {CODE} && tar -xzf {CODE}.tgz -C {CODE} && bash {CODE}/launc
 def run_command(args: argparse.Namespace, flags: Sequence[str]) -> str:
     """What each worker runs."""
     words = common.main_flags(flags, device_count(args.type))
-    env = xla_flags.environment("tpu", given={})
+    env = xla_flags.passed_on("tpu")
     return common.shell(["bash", f"{CODE}/launch/tpu_worker.sh", "run", JOB, *words], env)
 
 

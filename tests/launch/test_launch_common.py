@@ -6,7 +6,9 @@ import subprocess
 import sys
 
 import common
+import gke
 import pytest
+import tpu_vm
 import xla_flags
 from conftest import ROOT
 
@@ -104,6 +106,23 @@ def test_what_the_user_has_set_wins():
     assert "NCCL_DEBUG" not in xla_flags.environment("gpu", given={})
     assert "parallel_all_reduce" not in str(xla_flags.environment("tpu", given={}))
     assert "parallel_all_reduce" in str(xla_flags.environment("tpu", slices=2, given={}))
+
+
+def test_what_the_user_has_set_goes_along_to_other_machines(monkeypatch):
+    for name in xla_flags.OF_THE_USER:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_a='x y'")
+    monkeypatch.setenv("XLA_FLAGS", "--xla_b=1")
+    monkeypatch.setenv("NCCL_DEBUG", "INFO")
+    args = tpu_vm.options(["--name=n", "--zone=z", "--type=v4-8"])
+    line = tpu_vm.run_command(args, ["--config=a"]).partition(" bash ")[0] + " env"
+    out = subprocess.run(["bash", "-c", line], env={}, capture_output=True, text=True).stdout
+    assert "--xla_tpu_overlap_compute_collective_tc=true --xla_a='x y'\n" in out
+    assert "\nXLA_FLAGS=--xla_b=1\n" in out
+    args = gke.options(["--image=i", "--gpu=g", "--nodes=2"])
+    env = {e["name"]: e.get("value") for e in gke.environment(args, "n")}
+    assert env["XLA_FLAGS"].endswith(" --xla_b=1") and env["NCCL_DEBUG"] == "INFO"
+    assert env["JAX_PLATFORMS"] == "cuda"
 
 
 def test_the_table_of_flags_is_printed():
