@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NoReturn
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 EXIT_USAGE = 2  # what main.py calls wrong usage, a launcher does too
@@ -41,21 +42,48 @@ def split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     return own[:at], own[at + 1 :]
 
 
+class Parser(argparse.ArgumentParser):
+    """Says mistakes as the launchers do, in one sentence."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises instead of printing all options."""
+        raise LaunchError(f"{message}; --help shows the options")
+
+
+def whole(least: int, most: int | None = None) -> Callable[[str], int]:
+    """The type of an option that is a whole number within bounds."""
+    wanted = f"a whole number from {least}" + (f" to {most}" if most else "")
+
+    def read(text: str) -> int:
+        if not re.fullmatch(r"-?\d+", text) or not least <= int(text) <= (most or int(text)):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+        return int(text)
+
+    return read
+
+
+PORT = whole(1, 65535)
+
+
 def parser(doc: str, *, max_failures: bool = True) -> argparse.ArgumentParser:
     """A parser with a launcher's docstring as help and the options that all have.
 
     `max_failures`: whether 43 in a row are counted, as all but JobSet can.
     """
-    found = argparse.ArgumentParser(
+    found = Parser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     found.add_argument("--dry-run", action="store_true", help="print what would run, run nothing")
     found.add_argument(
-        "--max-restarts", type=int, default=100, metavar="N", help="starts after the first (100)"
+        "--max-restarts",
+        type=whole(0),
+        default=100,
+        metavar="N",
+        help="starts after the first (100)",
     )
     if max_failures:
         found.add_argument(
-            "--max-failures", type=int, default=10, metavar="N",
+            "--max-failures", type=whole(0), default=10, metavar="N",
             help="of those, for exit code 43 in a row: a process is gone or never came (10); a "
             f"start that lived {PROGRESS // 60} minutes ends the row",
         )  # fmt: skip

@@ -67,16 +67,18 @@ def options(argv: Sequence[str]) -> argparse.Namespace:
     p.add_argument("--image", required=True, help="image of launch/Dockerfile in a registry")
     p.add_argument("--tpu", metavar="KIND", help="label gke-tpu-accelerator, tpu-v6e-slice, ...")
     p.add_argument("--topology", metavar="AxB", help="label gke-tpu-topology of a slice, e.g. 4x4")
-    p.add_argument("--slices", type=int, default=1, help="TPU slices (1)")
-    p.add_argument("--chips-per-node", type=int, default=4, help="TPU chips of a machine (4)")
+    p.add_argument("--slices", type=common.whole(1), default=1, help="TPU slices (1)")
+    p.add_argument(
+        "--chips-per-node", type=common.whole(1), default=4, help="TPU chips of a machine (4)"
+    )
     p.add_argument("--gpu", metavar="KIND", help="label gke-accelerator, e.g. nvidia-h100-80gb")
-    p.add_argument("--nodes", type=int, default=1, help="machines with GPUs (1)")
-    p.add_argument("--gpus-per-node", type=int, default=8, help="GPUs of a machine (8)")
+    p.add_argument("--nodes", type=common.whole(1), default=1, help="machines with GPUs (1)")
+    p.add_argument("--gpus-per-node", type=common.whole(1), default=8, help="GPUs of a machine (8)")
     p.add_argument("--spot", action="store_true", help="spot machines")
     p.add_argument("--name", help="name of the JobSet (from the workdir)")
     p.add_argument("--namespace", help="namespace (kubectl's default)")
     p.add_argument("--service-account", help="Kubernetes account that may use the bucket")
-    p.add_argument("--claim", metavar="NAME:PATH", help="mounts a PersistentVolumeClaim at a path")
+    p.add_argument("--claim", metavar="NAME:/PATH", help="mounts a PersistentVolumeClaim at a path")
     p.add_argument("--manifest", default="runs/gke", help="folder of the manifest (runs/gke)")
     return p.parse_args(argv)
 
@@ -93,12 +95,22 @@ def check(args: argparse.Namespace, flags: Sequence[str]) -> None:
             f"a slice of {args.topology} has {chips(args)} chips, which machines of "
             f"{args.chips_per_node} do not make up; mend --topology or --chips-per-node"
         )
+    if args.tpu and not chips(args):
+        raise LaunchError(f"--topology {args.topology} has no chips")
+    if args.name is not None and not re.fullmatch(r"[a-z]([-a-z0-9]{,38}[a-z0-9])?", args.name):
+        raise LaunchError(
+            f"--name {args.name!r} is no name of Kubernetes: at most 40 of a-z, 0-9 and -, a "
+            "letter first and no - last"
+        )
+    if args.claim and not re.fullmatch(r"[^:/]+:/[^:]+", args.claim):
+        raise LaunchError(f"--claim {args.claim} is not NAME:/PATH, e.g. runs:/runs")
     workdir = common.flag(flags, "workdir")
-    mounted = args.claim and str(workdir).startswith(args.claim.partition(":")[2] + "/")
+    folder = args.claim.partition(":")[2].rstrip("/") if args.claim else None
+    mounted = folder and str(workdir).startswith(folder + "/")
     if common.is_local(workdir) and not mounted:
         raise LaunchError(
             f"--workdir={workdir} is a folder of the pod: it goes with it, and every pod has its "
-            "own; give gs://BUCKET/DIR, or a folder below --claim NAME:PATH"
+            "own; give gs://BUCKET/DIR, or a folder below --claim NAME:/PATH"
         )
 
 

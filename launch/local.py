@@ -35,16 +35,18 @@ GRACE = 20  # seconds that the others get to end by themselves after one has fai
 def options(argv: Sequence[str]) -> argparse.Namespace:
     """The options in front of `--`."""
     p = common.parser(__doc__ or "")
-    p.add_argument("--processes", type=int, default=1, metavar="N", help="processes (1)")
+    p.add_argument(
+        "--processes", type=common.whole(1), default=1, metavar="N", help="processes (1)"
+    )
     p.add_argument(
         "--platform", choices=("auto", "cpu", "gpu"), default="auto",
         help="auto (default): what JAX_PLATFORMS says, else gpu if GPUs are visible, else cpu",
     )  # fmt: skip
     p.add_argument(
-        "--devices-per-process", type=int, metavar="K",
+        "--devices-per-process", type=common.whole(1), metavar="K",
         help="GPUs, or devices that XLA makes of the CPU (gpu: all shared out; cpu: 1)",
     )  # fmt: skip
-    p.add_argument("--port", type=int, help="where process 0 listens (a free one is taken)")
+    p.add_argument("--port", type=common.PORT, help="where process 0 listens (a free one is taken)")
     p.add_argument("--python", default=sys.executable, help="interpreter (this one)")
     return p.parse_args(argv)
 
@@ -90,8 +92,6 @@ def platform(asked: str) -> tuple[str, str]:
 def devices(args: argparse.Namespace) -> list[list[str]]:
     """The devices of each process."""
     n, k = args.processes, args.devices_per_process
-    if n < 1 or (k is not None and k < 1):
-        raise LaunchError("--processes and --devices-per-process are at least 1")
     if args.platform == "cpu":
         return [[str(j) for j in range(k or 1)] for _ in range(n)]
     found = gpus()

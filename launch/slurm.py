@@ -50,14 +50,18 @@ MENDS = (
 def options(argv: Sequence[str]) -> argparse.Namespace:
     """The options in front of `--`."""
     p = common.parser(__doc__ or "")
-    p.add_argument("--nodes", type=int, default=1, metavar="N", help="machines (1)")
+    p.add_argument("--nodes", type=common.whole(1), default=1, metavar="N", help="machines (1)")
     p.add_argument("--platform", choices=("gpu", "cpu"), default="gpu", help="gpu (default) or cpu")
-    p.add_argument("--gpus-per-node", type=int, metavar="G", help="GPUs of each node")
+    p.add_argument("--gpus-per-node", type=common.whole(1), metavar="G", help="GPUs of each node")
     p.add_argument(
-        "--process-per", choices=("gpu", "node"), default="gpu", help="gpu (default) or node"
+        "--process-per", choices=("gpu", "node"), help="with --platform gpu: gpu (default) or node"
     )
-    p.add_argument("--processes-per-node", type=int, metavar="K", help="with --platform cpu (1)")
-    p.add_argument("--cpus-per-process", type=int, metavar="C", help="cores of each process")
+    p.add_argument(
+        "--processes-per-node", type=common.whole(1), metavar="K", help="with --platform cpu (1)"
+    )
+    p.add_argument(
+        "--cpus-per-process", type=common.whole(1), metavar="C", help="cores of each process"
+    )
     for name in ("time", "partition", "account", "qos", "mem"):
         p.add_argument(f"--{name}", metavar=name.upper(), help=f"as sbatch --{name}")
     p.add_argument(
@@ -80,10 +84,12 @@ def options(argv: Sequence[str]) -> argparse.Namespace:
     )
     p.add_argument("--name", help="name of the job (from the workdir)")
     p.add_argument("--logs", default="runs/slurm", help="folder of scripts and output (runs/slurm)")
-    p.add_argument("--port", type=int, help="where process 0 listens (from the number of the job)")
+    p.add_argument(
+        "--port", type=common.PORT, help="where process 0 listens (from the number of the job)"
+    )
     p.add_argument(
         "--save-seconds",
-        type=int,
+        type=common.whole(1),
         default=120,
         metavar="S",
         help="SIGTERM so long before the time limit (120)",
@@ -99,6 +105,14 @@ def check(args: argparse.Namespace, flags: Sequence[str]) -> None:
     common.require_flags(flags)
     if args.platform == "gpu" and not args.gpus_per_node:
         raise LaunchError("--gpus-per-node says how many GPUs a node has (or --platform cpu)")
+    if args.platform == "cpu" and (args.gpus_per_node or args.process_per):
+        given = "--gpus-per-node" if args.gpus_per_node else "--process-per"
+        raise LaunchError(
+            f"{given} is for GPUs; with --platform cpu, --processes-per-node says how many "
+            "processes a node has"
+        )
+    if args.name is not None and not re.fullmatch(r"[^/%\n]+", args.name):
+        raise LaunchError(f"--name {args.name!r} names files: at least a letter, no / and no %")
     if args.platform == "gpu" and args.processes_per_node:
         raise LaunchError("--processes-per-node is for CPUs; GPUs have --process-per gpu or node")
     workdir = common.flag(flags, "workdir")
@@ -115,7 +129,7 @@ def processes_per_node(args: argparse.Namespace) -> int:
     """Tasks of each node."""
     if args.platform == "cpu":
         return args.processes_per_node or 1
-    return args.gpus_per_node if args.process_per == "gpu" else 1
+    return args.gpus_per_node if args.process_per != "node" else 1
 
 
 def job_name(args: argparse.Namespace, flags: Sequence[str]) -> str:
@@ -248,7 +262,7 @@ def _process(args: argparse.Namespace) -> str:
     lines = [NUMBERED] if args.nodes * per_node > 1 else []
     if args.platform == "gpu":
         every = ",".join(map(str, range(args.gpus_per_node)))
-        ids = "$SLURM_LOCALID" if args.process_per == "gpu" else every
+        ids = "$SLURM_LOCALID" if args.process_per != "node" else every
         lines += [f"export JAX_LOCAL_DEVICE_IDS={ids}"]
     return "\n".join(lines) or "# the only process"
 

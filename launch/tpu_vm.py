@@ -93,7 +93,7 @@ def options(argv: Sequence[str]) -> argparse.Namespace:
 def kind(accelerator: str) -> tuple[str, int]:
     """v5litepod-16 -> ("v5litepod", 16)."""
     name, _, number = accelerator.rpartition("-")
-    if name not in VERSIONS or not number.isdigit():
+    if name not in VERSIONS or not number.isdecimal() or int(number) < 1:
         raise LaunchError(
             f"--type {accelerator} is not KIND-NUMBER with a KIND of {', '.join(VERSIONS)}; e.g. "
             "v5litepod-16"

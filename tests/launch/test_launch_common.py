@@ -1,6 +1,7 @@
 """What the launchers share: splitting at `--`, flags of main.py, when a job is started again."""
 
 import argparse
+import importlib
 import os
 import subprocess
 import sys
@@ -132,6 +133,42 @@ def test_the_table_of_flags_is_printed():
     wrong = subprocess.run([sys.executable, "launch/xla_flags.py", "npu"], cwd=ROOT,
                            capture_output=True, text=True)  # fmt: skip
     assert wrong.returncode == 1 and "there are cpu, gpu, tpu" in wrong.stderr
+
+
+MAIN = ["--", "--config=a", "--workdir=gs://b/w"]
+SLURM_CPU = ["slurm", "--platform", "cpu"]
+GKE = ["gke", "--image=i", "--tpu=t", "--topology=4x4"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["local", "--processes", "0"], "'0' is not a whole number from 1"),
+        (["local", "--devices-per-process", "-2"], "'-2' is not"),
+        (["local", "--port", "99999"], "'99999' is not a whole number from 1 to 65535"),
+        (["local", "--max-restarts", "-1"], "a whole number from 0"),
+        (["local", "--unknown"], "unrecognized arguments: --unknown; --help"),
+        ([*SLURM_CPU, "--nodes", "0"], "--nodes: '0' is not"),
+        (["slurm", "--gpus-per-node", "-1"], "--gpus-per-node: '-1' is not"),
+        ([*SLURM_CPU, "--nodes", "2", "--gpus-per-node", "8"], "--gpus-per-node is for GPUs"),
+        ([*SLURM_CPU, "--process-per", "node", "--processes-per-node", "4"], "--process-per is"),
+        ([*SLURM_CPU, "--name", "a/b"], "no / and no %"),
+        ([*GKE, "--slices", "0"], "--slices: '0' is not"),
+        ([*GKE, "--topology", "0x4"], "has no chips"),
+        ([*GKE, "--name", "Bad Name"], "is no name of Kubernetes"),
+        ([*GKE, "--name", "a" * 41], "at most 40"),
+        ([*GKE, "--claim", "foo"], "is not NAME:/PATH"),
+        (["tpu_vm", "--name=n", "--zone=z", "--type", "v5litepod-0"], "not KIND-NUMBER"),
+    ],
+)
+def test_numbers_and_names_are_checked(words, said, monkeypatch, capsys):
+    """One sentence, and main.py's exit code of wrong usage."""
+    main = importlib.import_module(words[0]).main
+    monkeypatch.setattr(sys, "argv", ["x", *words[1:], "--dry-run", *MAIN])
+    with pytest.raises(SystemExit) as end:
+        common.run(main)
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and said in error and error.count("\n") == 1
 
 
 def test_a_failed_command_is_told_with_what_to_do():
