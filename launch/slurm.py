@@ -154,9 +154,10 @@ def directives(args: argparse.Namespace, name: str) -> list[str]:
         found += [f"--{option}={value}"] if value is not None else []
     found += [
         f"--output={args.logs}/{name}-%j.out", "--open-mode=append", "--requeue",
-        f"--signal=TERM@{args.save_seconds}", *args.sbatch,
+        f"--signal=TERM@{args.save_seconds}",
     ]  # fmt: skip
-    return [f"#SBATCH {line}" for line in found]
+    # sbatch reads quotes as a shell does; what is handed on to it is quoted by whoever gave it.
+    return [f"#SBATCH {line}" for line in [*common.quoted(found), *args.sbatch]]
 
 
 TEMPLATE = r"""#!/bin/bash

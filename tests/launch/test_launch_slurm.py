@@ -4,6 +4,7 @@ A real Slurm runs the same script in `make test-slurm`.
 """
 
 import os
+import shlex
 import signal
 import subprocess
 import threading
@@ -65,6 +66,18 @@ def test_a_job_is_submitted_followed_and_its_code_given(cluster, capsys, tmp_pat
     (submitted,) = cluster.fakes.calls("sbatch")
     assert submitted == ["sbatch", "--parsable", "logs/x.sbatch"]
     assert (tmp_path / "logs/x.sbatch").read_text() in out  # printed as submitted
+
+
+def test_blanks_in_names_and_folders(cluster, capsys, tmp_path):
+    cluster.fakes.reply(("sbatch", 0, "7"), state("COMPLETED"))
+    log = tmp_path / "lo gs" / "my job-7.out"
+    log.parent.mkdir()
+    log.write_text("step 1\n")
+    assert cluster(*CPU, "--name", "my job", "--logs", "lo gs") == 0
+    assert "\nstep 1\n" in capsys.readouterr().out
+    lines = (tmp_path / "lo gs/my job.sbatch").read_text().splitlines()
+    words = [w for ln in lines if ln.startswith("#SBATCH ") for w in shlex.split(ln[8:])]
+    assert {"--job-name=my job", "--output=lo gs/my job-%j.out"} <= set(words)
 
 
 @pytest.mark.parametrize(
