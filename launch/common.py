@@ -151,6 +151,17 @@ def require_program(name: str, mend: str) -> None:
         raise LaunchError(f"there is no `{name}` on PATH; {mend}")
 
 
+def write(path: pathlib.Path, text: str, option: str) -> None:
+    """Writes a file and the folders above it; `option` chooses them."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    except OSError as e:
+        raise LaunchError(
+            f"{path} cannot be written ({e.strerror}); choose another folder with {option}"
+        ) from e
+
+
 def capture(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
     """Runs a command to its end; its output as text.  Exit codes are the caller's to judge."""
     return subprocess.run(command, capture_output=True, text=True, check=False)

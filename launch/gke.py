@@ -355,8 +355,7 @@ def main(argv: list[str]) -> int:
     if before is not None:
         say(f"the JobSet {name} has ended ({before['terminalState']}): deleted, then made anew")
         cluster.delete()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
+    common.write(path, text, "--manifest")
     sys.stdout.write(cluster.ask("apply", f"--filename={path}"))
     stopping = threading.Event()
 

@@ -248,6 +248,8 @@ def main(argv: list[str]) -> int:
         print(f"[{i}] {printed(command, env)}", flush=True)
     if args.dry_run:
         return 0
+    if shutil.which(args.python) is None:
+        raise LaunchError(f"--python {args.python} is no program; give a Python, or leave it out")
     job: list[Job] = []
 
     def start() -> int:

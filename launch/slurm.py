@@ -346,8 +346,7 @@ def main(argv: list[str]) -> int:
     print(common.shell(["sbatch", "--parsable", str(path)]), flush=True)
     if args.dry_run:
         return 0
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
+    common.write(path, text, "--logs")
     job = submit(path)
     log = pathlib.Path(args.logs, f"{name}-{job}.out")
     say(f"submitted as job {job}; output: {log}; `scancel {job}` ends it, saved")

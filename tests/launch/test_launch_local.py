@@ -197,6 +197,7 @@ def test_mistakes_say_what_to_do(fakes, monkeypatch):
         port = taken.getsockname()[1]
         said = refused("--processes", "2", "--port", str(port))
     assert f"port {port}" in said and "leave --port out" in said
+    assert "--python /nope is no program" in refused("--platform", "cpu", "--python", "/nope")
     for flags, hint in (([], "no --config behind `--`"), (["--config=a"], "no --workdir")):
         with pytest.raises(common.LaunchError, match=hint):
             local.main(["--", *flags])

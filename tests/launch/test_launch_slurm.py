@@ -136,7 +136,10 @@ def test_what_sbatch_refuses_says_what_to_do(cluster, stderr, hint):
     assert hint in said and stderr.split(": ")[-1][:30] in said
 
 
-def test_mistakes_say_what_to_do(cluster, fakes):
+def test_mistakes_say_what_to_do(cluster, fakes, tmp_path):
+    (tmp_path / "file").touch()
+    said = refused(cluster, *CPU, "--logs", "file/logs")
+    assert "cannot be written (Not a directory); choose another folder with --logs" in said
     assert "--gpus-per-node says" in refused(cluster)
     assert "GPUs have --process-per" in refused(
         cluster, "--gpus-per-node", "2", "--processes-per-node", "2"
