@@ -6,13 +6,16 @@
 
 One process for each GPU, or with --process-per node one for each node.  Before the time limit, and
 when Slurm preempts the job, it gets SIGTERM, saves, ends with 42 and is requeued: the same job, the
-same workdir.  With --wait (the default) this command ends when the job has, with its exit code.
+same workdir.  With --wait (the default) this command ends when the job has, with its exit code; if
+it is killed, the job goes on, and the same command typed anew joins it.
 """
 
 import argparse
+import hashlib
 import pathlib
 import re
 import shlex
+import subprocess
 import sys
 import threading
 import time
@@ -24,6 +27,9 @@ from common import LaunchError, say
 
 POLL = 5  # seconds between questions to the controller
 LOST_CONTROLLER = 600  # seconds without an answer of the controller until we give up
+
+SBATCH_SECONDS = 10  # that an sbatch whose launcher was killed may still take
+LOGIN = "run this on a login node of the Slurm cluster"
 
 # Folders that every machine has for itself: never shared between nodes.
 OWN = ("/tmp", "/var/tmp", "/dev/shm", "/run")
@@ -84,6 +90,11 @@ def options(argv: Sequence[str]) -> argparse.Namespace:
     )
     p.add_argument("--name", help="name of the job (from the workdir)")
     p.add_argument("--logs", default="runs/slurm", help="folder of scripts and output (runs/slurm)")
+    p.add_argument(
+        "--job-file", metavar="FILE",
+        help="holds the job's number; while that job is pending or runs, the same command joins it "
+        "and submits nothing (in --logs, of the workdir)",
+    )  # fmt: skip
     p.add_argument(
         "--port", type=common.PORT, help="where process 0 listens (from the number of the job)"
     )
@@ -268,13 +279,71 @@ def _process(args: argparse.Namespace) -> str:
     return "\n".join(lines) or "# the only process"
 
 
-def submit(path: pathlib.Path) -> str:
-    """The number of the job."""
-    common.require_program("sbatch", "run this on a login node of the Slurm cluster")
-    done = common.capture(["sbatch", "--parsable", str(path)])
+def job_file(args: argparse.Namespace, flags: Sequence[str], name: str) -> pathlib.Path:
+    """Where the number of the job of this workdir stands."""
+    workdir = common.flag(flags, "workdir") or ""
+    full = str(pathlib.Path(workdir).absolute()) if common.is_local(workdir) else workdir
+    default = pathlib.Path(args.logs, f"{name}-{digest(full)[:8]}.job")
+    return pathlib.Path(args.job_file) if args.job_file else default
+
+
+def digest(text: str) -> str:
+    """Tells texts apart."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def recorded(file: pathlib.Path) -> tuple[str, str]:
+    """Digest of the script and number of the job; "" where they do not stand there."""
+    for _ in range(SBATCH_SECONDS):
+        words = file.read_text().split() if file.exists() else ["", ""]
+        if len(words) > 1 or time.time() - file.stat().st_mtime > 60:
+            break
+        time.sleep(1)  # a launcher was killed, and its sbatch still goes on
+    script, number = [*words, "", ""][:2]
+    return script, number.split(";")[0]
+
+
+def unfinished(file: pathlib.Path, name: str, text: str) -> str | None:
+    """The job of an earlier start that is pending, runs or was requeued; None if there is none."""
+    script, job = recorded(file)
+    if not job:
+        return None
+    common.require_program("scontrol", LOGIN)
+    done = common.capture(["scontrol", "show", "job", job])
+    if "invalid job id" in done.stderr.lower():
+        return None  # ended long ago
+    found = re.search(r"JobName=(.*)\n(?:.*\n)*?.*JobState=(\w+)", done.stdout)
+    if not found:
+        raise LaunchError(
+            common.explain(f"asking whether job {job} ({file}) still runs", done.stderr, MENDS)
+        )
+    if found[1].strip() != name or found[2] in ("COMPLETED", "FAILED", *ENDS):
+        return None  # numbers are used again
+    if script != digest(text):
+        raise LaunchError(
+            f"job {job} ({found[2]}) is of the same workdir, with other options or flags; "
+            f"`scancel {job}` ends it, saved; then the same command again"
+        )
+    say(f"job {job} of an earlier start is {found[2]}: joined, nothing is submitted")
+    return job
+
+
+def submit(path: pathlib.Path, text: str, file: pathlib.Path) -> str:
+    """The number of the job, which stands in `file` as soon as there is one."""
+    common.require_program("sbatch", LOGIN)
+    common.write(path, text, "--logs")
+    common.write(file, f"{digest(text)}\n", "--job-file")
+    with open(file, "a") as out:  # sbatch itself writes there, also when we are killed meanwhile
+        done = subprocess.run(
+            ["sbatch", "--parsable", str(path)], stdout=out, stderr=subprocess.PIPE, text=True,
+            check=False, start_new_session=True,
+        )  # fmt: skip
     if done.returncode:
+        file.unlink(missing_ok=True)
         raise LaunchError(common.explain("sbatch", done.stderr, MENDS))
-    return done.stdout.strip().split(";")[0]
+    if not (job := recorded(file)[1]):
+        raise LaunchError(f"sbatch ended without a number in {file}; `squeue --me` shows the jobs")
+    return job
 
 
 def state(job: str) -> tuple[str, int] | None:
@@ -342,12 +411,16 @@ def main(argv: list[str]) -> int:
     name = job_name(args, flags)
     path = pathlib.Path(args.logs, f"{name}.sbatch")
     text = script(args, flags, name, str(path))
-    print(f"# {path}\n{text}")
-    print(common.shell(["sbatch", "--parsable", str(path)]), flush=True)
+    file = job_file(args, flags, name)
+    job = None if args.dry_run else unfinished(file, name, text)
+    if job is None:
+        print(f"# {path}\n{text}")
+        print(
+            common.shell(["sbatch", "--parsable", str(path)]), f" # its number: {file}", flush=True
+        )
     if args.dry_run:
         return 0
-    common.write(path, text, "--logs")
-    job = submit(path)
+    job = job or submit(path, text, file)
     log = pathlib.Path(args.logs, f"{name}-{job}.out")
     say(f"submitted as job {job}; output: {log}; `scancel {job}` ends it, saved")
     if not args.wait:

@@ -7,6 +7,7 @@ import os
 import shlex
 import signal
 import subprocess
+import sys
 import threading
 import time
 
@@ -97,6 +98,52 @@ def test_no_wait_only_submits(cluster):
     assert len(cluster.fakes.calls()) == 1
 
 
+def test_the_same_command_joins_the_job_that_is_there(cluster, capsys, tmp_path):
+    submitted = lambda: len(cluster.fakes.calls("sbatch"))  # noqa: E731
+    cluster.fakes.reply(("sbatch", 0, "7;cluster"))
+    again = (*CPU, "--name", "x")
+    assert cluster(*again, "--no-wait") == 0
+    (file,) = (tmp_path / "logs").glob("x-*.job")
+    assert file.read_text().split()[1] == "7;cluster"
+
+    cluster.fakes.reply(state("PENDING"), state("RUNNING"), state("FAILED", 42))
+    assert cluster(*again) == 42 and submitted() == 1
+    assert "job 7 of an earlier start is PENDING: joined" in capsys.readouterr().out
+    cluster.fakes.reply(state("RUNNING"))
+    assert cluster(*again, "--no-wait") == 0 and submitted() == 1
+    said = refused(cluster, *again, "--time", "1:00")
+    assert "with other options or flags; `scancel 7`" in said
+    # Another workdir has a file of its own; who asks nobody must not submit a second.
+    down = "slurm_load_jobs error: Unable to contact slurm controller (connect failure)"
+    cluster.fakes.reply(("scontrol show job", 1, "", down))
+    assert "does not answer" in refused(cluster, *again)
+    cluster.fakes.reply(("sbatch", 0, "8"))
+    assert cluster(*again, "--no-wait", flags=["--workdir=gs://b/other"]) == 0 and submitted() == 2
+    # Ended, forgotten by Slurm, or a number that is another's by now.
+    gone = ("scontrol show job", 1, "", "slurm_load_jobs error: Invalid job id specified")
+    other = ("scontrol show job", 0, state("RUNNING")[2].replace("JobName=x", "JobName=y"))
+    for count, reply in enumerate((state("COMPLETED"), state("TIMEOUT"), gone, other), 3):
+        cluster.fakes.reply(reply, ("sbatch", 0, "7"))
+        assert cluster(*again, "--no-wait") == 0 and submitted() == count
+
+
+def test_a_launcher_that_is_killed_while_sbatch_runs_finds_its_job(cluster, capsys, tmp_path):
+    cluster.fakes.script("sbatch", "#!/bin/sh\n: > called; sleep 0.5; echo 9\n")
+    words = [*CPU, "--name", "x", "--python", "p", "--logs", "logs", "--", "--config=a",
+             "--workdir=gs://b/w"]  # fmt: skip
+    first = subprocess.Popen([sys.executable, str(ROOT / "launch/slurm.py"), *words],
+                             stdout=subprocess.DEVNULL)  # fmt: skip
+    while not (tmp_path / "called").exists():
+        assert first.poll() is None
+        time.sleep(0.02)
+    first.kill()
+    first.wait()
+    cluster.fakes.add("sbatch")
+    cluster.fakes.reply(state("RUNNING"), state("COMPLETED"))
+    assert slurm.main(words) == 0 and not cluster.fakes.calls("sbatch")
+    assert "job 9 of an earlier start is RUNNING: joined" in capsys.readouterr().out
+
+
 def test_the_end_of_the_launcher_cancels_the_job_which_saves(cluster):
     cluster.fakes.reply(("sbatch", 0, "7"), ("scancel", 0), state("RUNNING"), state("RUNNING"),
                         state("CANCELLED"))  # fmt: skip
@@ -164,6 +211,8 @@ def script(cluster, tmp_path, monkeypatch):
     def run(codes, *options, job_state="RUNNING", **env):
         cluster.fakes.reply(("sbatch", 0, "7"))
         cluster("--no-wait", "--name", "x", *options)
+        for file in (tmp_path / "logs").glob("*.job"):
+            file.unlink()
         cluster.fakes.reply(
             ("show hostnames", 0, "n0\nn1"), state(job_state),
             ("show node n0", 0, "NodeName=n0\n   NodeAddr=10.0.0.1 NodeHostName=n0\n"),
