@@ -100,6 +100,16 @@ def flag(flags: Sequence[str], name: str) -> str | None:
     return found
 
 
+def is_on(flags: Sequence[str], name: str) -> bool:
+    """Whether a flag of main.py that is on or off is on: --name, --name=true; the last counts."""
+    found = False
+    for word in flags:
+        key, _, value = word.lstrip("-").partition("=")
+        if word.startswith("-") and key in (name, f"no{name}"):
+            found = key == name and value.lower() in ("", "true", "t", "1")
+    return found
+
+
 def main_flags(flags: Sequence[str], devices: int) -> list[str]:
     """Flags of main.py with the number of devices of all processes, which it then checks."""
     given = flag(flags, "expect_devices") is not None
@@ -116,9 +126,9 @@ def require_flags(flags: Sequence[str]) -> None:
     if flag(flags, "config") is None:
         raise LaunchError(
             "no --config behind `--`; the flags of main.py stand there: "
-            "launch/LAUNCHER.py [OPTIONS] -- --config=FILE:ARG --workdir=DIR"
+            "python launch/LAUNCHER.py [OPTIONS] -- --config=FILE:ARG --workdir=DIR"
         )
-    if flag(flags, "workdir") is None and "--dry_run" not in flags:
+    if flag(flags, "workdir") is None and not is_on(flags, "dry_run"):
         raise LaunchError("no --workdir behind `--`; a restart resumes from it")
 
 

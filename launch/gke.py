@@ -1,10 +1,10 @@
 """Runs main.py on a GKE cluster as a JobSet: writes the manifest, applies it, follows process 0.
 
-  launch/gke.py --image IMAGE --tpu KIND --topology T [OPTIONS] -- --config=FILE:ARG --workdir=gs://B/D
-  launch/gke.py --image us-docker.pkg.dev/p/r/dcae_jax:tpu --tpu tpu-v5-lite-podslice \\
+  python launch/gke.py --image IMAGE --tpu KIND --topology T [OPTIONS] -- --config=FILE:ARG --workdir=gs://B/D
+  python launch/gke.py --image us-docker.pkg.dev/p/r/dcae_jax:tpu --tpu tpu-v5-lite-podslice \\
       --topology 4x4 --slices 2 -- --config=configs/dcae_f32c32.py:phase1 --workdir=gs://b/f32c32
-  launch/gke.py --image us-docker.pkg.dev/p/r/dcae_jax:cuda --gpu nvidia-h100-80gb --nodes 2 \\
-      --gpus-per-node 8 -- --config=configs/dcae_f32c32.py:phase1 --workdir=gs://b/f32c32
+  python launch/gke.py --image us-docker.pkg.dev/p/r/dcae_jax:cuda --gpu nvidia-h100-80gb \\
+      --nodes 2 -- --config=configs/dcae_f32c32.py:phase1 --workdir=gs://b/f32c32
 
 The image is that of launch/Dockerfile.  The cluster needs JobSet (0.6 or newer).  JobSet starts all
 pods again when one is gone or ends with 42 or 43; 1 and 2 end it.  SIGTERM and Ctrl-C delete the

@@ -1,7 +1,7 @@
 """Runs main.py as one or several processes on this machine, on its CPU or its GPUs.
 
-  launch/local.py [OPTIONS] -- --config=FILE:ARG --workdir=DIR [flags of main.py]
-  launch/local.py --processes 2 --platform cpu -- --config=configs/demo.py:phase1 --workdir=runs/two
+  python launch/local.py [OPTIONS] -- --config=FILE:ARG --workdir=DIR [flags of main.py]
+  python launch/local.py --processes 2 -- --config=configs/demo.py:phase1 --workdir=runs/two
 
 Process 0 prints as it is, the others behind their number.  A process that fails ends the others.
 SIGTERM and Ctrl-C are passed on: the run saves and ends with 42.  A run that is preempted otherwise

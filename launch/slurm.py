@@ -1,7 +1,7 @@
 """Runs main.py as a job of Slurm: writes a script, submits it with sbatch, follows its output.
 
-  launch/slurm.py [OPTIONS] -- --config=FILE:ARG --workdir=DIR [flags of main.py]
-  launch/slurm.py --nodes 2 --gpus-per-node 8 --time 24:00:00 -- \\
+  python launch/slurm.py [OPTIONS] -- --config=FILE:ARG --workdir=DIR [flags of main.py]
+  python launch/slurm.py --nodes 2 --gpus-per-node 8 --time 24:00:00 -- \\
       --config=configs/dcae_f32c32.py:phase1 --workdir=/shared/runs/f32c32
 
 One process for each GPU, or with --process-per node one for each node.  Before the time limit, and

@@ -1,9 +1,9 @@
 """Runs main.py on all workers of a TPU VM or pod: makes the TPU, copies this code, runs, restarts.
 
-  launch/tpu_vm.py --name N --zone Z --type T [OPTIONS] -- --config=FILE:ARG --workdir=gs://BUCKET/DIR
-  launch/tpu_vm.py --name N --zone Z --stop
-  launch/tpu_vm.py --name sana --zone us-west4-a --type v5litepod-16 --spot --queue --delete -- \\
-      --config=configs/dcae_f32c32.py:phase1 --workdir=gs://my-bucket/f32c32/phase1
+  python launch/tpu_vm.py --name N --zone Z --type T [OPTIONS] -- --config=FILE:ARG --workdir=gs://BUCKET/DIR
+  python launch/tpu_vm.py --name N --zone Z --stop
+  python launch/tpu_vm.py --name sana --zone us-west4-a --type v5litepod-16 --spot --queue \\
+      --delete -- --config=configs/dcae_f32c32.py:phase1 --workdir=gs://my-bucket/f32c32/phase1
 
 A TPU of that name that is ready is used as it is; else one is made (--queue: waited for).  Worker
 0's output is shown.  After exit code 42, 43 or a lost connection the run is started again, or

@@ -28,6 +28,21 @@ def test_flags_of_main_are_found_in_each_of_their_forms():
     assert common.main_flags(["--expect_devices=4"], 8) == ["--expect_devices=4"]
 
 
+@pytest.mark.parametrize(
+    ("flags", "on"),
+    [(["--dry_run"], True), (["--dry_run=true"], True), (["-dry_run=1"], True),
+     (["--dry_run=false"], False), (["--nodry_run"], False), (["--dry_run", "--nodry_run"], False),
+     (["--dry_runs"], False), ([], False)],
+)  # fmt: skip
+def test_a_dry_run_of_main_needs_no_workdir(flags, on):
+    assert common.is_on(flags, "dry_run") == on
+    if on:
+        common.require_flags(["--config=a", *flags])
+    else:
+        with pytest.raises(common.LaunchError, match="no --workdir"):
+            common.require_flags(["--config=a", *flags])
+
+
 def test_a_printed_command_is_read_back_by_the_shell():
     words = ["python", "main.py", "--workdir=two words", "--config.x=it's $HOME"]
     code = "import sys, os; print(sys.argv[1:], os.environ['A'])"

@@ -102,5 +102,6 @@ def test_every_launcher_has_help():
                 [sys.executable, str(path), "--help"], capture_output=True, text=True, check=True
             )
             assert "--dry-run" in done.stdout and "--max-restarts" in done.stdout
+            assert f"  python launch/{path.name} " in done.stdout  # as it can be typed
             # JobSet counts restarts alone; what does nothing is not offered.
             assert ("--max-failures" in done.stdout) == (path.stem != "gke")
