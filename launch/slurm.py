@@ -420,9 +420,9 @@ def main(argv: list[str]) -> int:
         )
     if args.dry_run:
         return 0
-    job = job or submit(path, text, file)
+    how, job = ("follows", job) if job else ("submitted as", submit(path, text, file))
     log = pathlib.Path(args.logs, f"{name}-{job}.out")
-    say(f"submitted as job {job}; output: {log}; `scancel {job}` ends it, saved")
+    say(f"{how} job {job}; output: {log}; `scancel {job}` ends it, saved")
     if not args.wait:
         return 0
 
