@@ -16,12 +16,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NoReturn
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 EXIT_USAGE = 2  # what main.py calls wrong usage, a launcher does too
 EXIT_PREEMPTED = 42  # main.py: saved, start me again
 EXIT_LOST = 43  # main.py: another process of the run is gone or never came
+# Killed from outside, and aborted: jax does that to a process whose heartbeats are missed.
+EXIT_GONE = (128 + signal.SIGKILL, 128 + signal.SIGABRT)
 BACK_OFF = (10, 300)  # seconds before the first restart after a 43, doubled up to the second
+PROGRESS = 600  # seconds; a start that lived longer than this begins the count of 43 in a row anew
 
 
 class LaunchError(Exception):
@@ -38,19 +42,51 @@ def split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     return own[:at], own[at + 1 :]
 
 
-def parser(doc: str) -> argparse.ArgumentParser:
-    """An empty parser with a launcher's docstring as help and the options that all have."""
-    found = argparse.ArgumentParser(
+class Parser(argparse.ArgumentParser):
+    """Says mistakes as the launchers do, in one sentence."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises instead of printing all options."""
+        raise LaunchError(f"{message}; --help shows the options")
+
+
+def whole(least: int, most: int | None = None) -> Callable[[str], int]:
+    """The type of an option that is a whole number within bounds."""
+    wanted = f"a whole number from {least}" + (f" to {most}" if most else "")
+
+    def read(text: str) -> int:
+        if not re.fullmatch(r"-?\d+", text) or not least <= int(text) <= (most or int(text)):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+        return int(text)
+
+    return read
+
+
+PORT = whole(1, 65535)
+
+
+def parser(doc: str, *, max_failures: bool = True) -> argparse.ArgumentParser:
+    """A parser with a launcher's docstring as help and the options that all have.
+
+    `max_failures`: whether 43 in a row are counted, as all but JobSet can.
+    """
+    found = Parser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     found.add_argument("--dry-run", action="store_true", help="print what would run, run nothing")
     found.add_argument(
-        "--max-restarts", type=int, default=100, metavar="N", help="starts after the first (100)"
+        "--max-restarts",
+        type=whole(0),
+        default=100,
+        metavar="N",
+        help="starts after the first (100)",
     )
-    found.add_argument(
-        "--max-failures", type=int, default=10, metavar="N",
-        help="of those, for exit code 43 in a row: a process is gone or never came (10)",
-    )  # fmt: skip
+    if max_failures:
+        found.add_argument(
+            "--max-failures", type=whole(0), default=10, metavar="N",
+            help="of those, for exit code 43 in a row: a process is gone or never came (10); a "
+            f"start that lived {PROGRESS // 60} minutes ends the row",
+        )  # fmt: skip
     return found
 
 
@@ -61,6 +97,16 @@ def flag(flags: Sequence[str], name: str) -> str | None:
         key, equals, value = word.partition("=")
         if key in (f"--{name}", f"-{name}"):
             found = value if equals else following
+    return found
+
+
+def is_on(flags: Sequence[str], name: str) -> bool:
+    """Whether a flag of main.py that is on or off is on: --name, --name=true; the last counts."""
+    found = False
+    for word in flags:
+        key, _, value = word.lstrip("-").partition("=")
+        if word.startswith("-") and key in (name, f"no{name}"):
+            found = key == name and value.lower() in ("", "true", "t", "1")
     return found
 
 
@@ -80,9 +126,9 @@ def require_flags(flags: Sequence[str]) -> None:
     if flag(flags, "config") is None:
         raise LaunchError(
             "no --config behind `--`; the flags of main.py stand there: "
-            "launch/LAUNCHER.py [OPTIONS] -- --config=FILE:ARG --workdir=DIR"
+            "python launch/LAUNCHER.py [OPTIONS] -- --config=FILE:ARG --workdir=DIR"
         )
-    if flag(flags, "workdir") is None and "--dry_run" not in flags:
+    if flag(flags, "workdir") is None and not is_on(flags, "dry_run"):
         raise LaunchError("no --workdir behind `--`; a restart resumes from it")
 
 
@@ -113,6 +159,17 @@ def require_program(name: str, mend: str) -> None:
     """The program must be on PATH."""
     if shutil.which(name) is None:
         raise LaunchError(f"there is no `{name}` on PATH; {mend}")
+
+
+def write(path: pathlib.Path, text: str, option: str) -> None:
+    """Writes a file and the folders above it; `option` chooses them."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    except OSError as e:
+        raise LaunchError(
+            f"{path} cannot be written ({e.strerror}); choose another folder with {option}"
+        ) from e
 
 
 def capture(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
@@ -153,15 +210,21 @@ def until_done(
     args: argparse.Namespace,
     stopped: Callable[[], bool] = lambda: False,
     sleep: Callable[[float], object] = time.sleep,
+    lived: Callable[[], float] | None = None,
 ) -> int:
     """Calls `start` until its exit code is neither 42 nor 43, or no restart is left.
 
     After 42 at once; after 43, a failure of a machine or a process, with a growing pause, which a
-    42 ends.  `stopped`: whoever launched asked to end, so that a 42 is the answer and no reason.
+    42 ends, or a start that lived longer than PROGRESS.  `stopped`: whoever launched asked to end,
+    so that a 42 is the answer and no reason.  `lived`: seconds that main.py ran in the last start,
+    where a start does more than that.
     """
     restarts = failures = 0
+    begun = time.monotonic()
+    lived = lived or (lambda: time.monotonic() - begun)
     say("start")
     while (code := start()) in (EXIT_PREEMPTED, EXIT_LOST) and not stopped():
+        failures = 0 if lived() > PROGRESS else failures
         failures = failures + 1 if code == EXIT_LOST else 0
         why = f"a process is gone, {failures} in a row" if failures else "preempted and saved"
         if restarts == args.max_restarts or failures > args.max_failures:
@@ -175,6 +238,7 @@ def until_done(
             if stopped():
                 break
         say(f"restart {restarts} of {args.max_restarts}: exit code {code} ({why})")
+        begun = time.monotonic()
     say(f"the job ended with exit code {code}")
     return code
 

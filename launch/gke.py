@@ -1,10 +1,10 @@
 """Runs main.py on a GKE cluster as a JobSet: writes the manifest, applies it, follows process 0.
 
-  launch/gke.py --image IMAGE --tpu KIND --topology T [OPTIONS] -- --config=FILE:ARG --workdir=gs://B/D
-  launch/gke.py --image us-docker.pkg.dev/p/r/dcae_jax:tpu --tpu tpu-v5-lite-podslice \\
+  python launch/gke.py --image IMAGE --tpu KIND --topology T [OPTIONS] -- --config=FILE:ARG --workdir=gs://B/D
+  python launch/gke.py --image us-docker.pkg.dev/p/r/dcae_jax:tpu --tpu tpu-v5-lite-podslice \\
       --topology 4x4 --slices 2 -- --config=configs/dcae_f32c32.py:phase1 --workdir=gs://b/f32c32
-  launch/gke.py --image us-docker.pkg.dev/p/r/dcae_jax:cuda --gpu nvidia-h100-80gb --nodes 2 \\
-      --gpus-per-node 8 -- --config=configs/dcae_f32c32.py:phase1 --workdir=gs://b/f32c32
+  python launch/gke.py --image us-docker.pkg.dev/p/r/dcae_jax:cuda --gpu nvidia-h100-80gb \\
+      --nodes 2 -- --config=configs/dcae_f32c32.py:phase1 --workdir=gs://b/f32c32
 
 The image is that of launch/Dockerfile.  The cluster needs JobSet (0.6 or newer).  JobSet starts all
 pods again when one is gone or ends with 42 or 43; 1 and 2 end it.  SIGTERM and Ctrl-C delete the
@@ -63,20 +63,22 @@ WAITING = (
 
 def options(argv: Sequence[str]) -> argparse.Namespace:
     """The options in front of `--`."""
-    p = common.parser(__doc__ or "")
+    p = common.parser(__doc__ or "", max_failures=False)  # JobSet counts restarts alone
     p.add_argument("--image", required=True, help="image of launch/Dockerfile in a registry")
     p.add_argument("--tpu", metavar="KIND", help="label gke-tpu-accelerator, tpu-v6e-slice, ...")
     p.add_argument("--topology", metavar="AxB", help="label gke-tpu-topology of a slice, e.g. 4x4")
-    p.add_argument("--slices", type=int, default=1, help="TPU slices (1)")
-    p.add_argument("--chips-per-node", type=int, default=4, help="TPU chips of a machine (4)")
+    p.add_argument("--slices", type=common.whole(1), default=1, help="TPU slices (1)")
+    p.add_argument(
+        "--chips-per-node", type=common.whole(1), default=4, help="TPU chips of a machine (4)"
+    )
     p.add_argument("--gpu", metavar="KIND", help="label gke-accelerator, e.g. nvidia-h100-80gb")
-    p.add_argument("--nodes", type=int, default=1, help="machines with GPUs (1)")
-    p.add_argument("--gpus-per-node", type=int, default=8, help="GPUs of a machine (8)")
+    p.add_argument("--nodes", type=common.whole(1), default=1, help="machines with GPUs (1)")
+    p.add_argument("--gpus-per-node", type=common.whole(1), default=8, help="GPUs of a machine (8)")
     p.add_argument("--spot", action="store_true", help="spot machines")
     p.add_argument("--name", help="name of the JobSet (from the workdir)")
     p.add_argument("--namespace", help="namespace (kubectl's default)")
     p.add_argument("--service-account", help="Kubernetes account that may use the bucket")
-    p.add_argument("--claim", metavar="NAME:PATH", help="mounts a PersistentVolumeClaim at a path")
+    p.add_argument("--claim", metavar="NAME:/PATH", help="mounts a PersistentVolumeClaim at a path")
     p.add_argument("--manifest", default="runs/gke", help="folder of the manifest (runs/gke)")
     return p.parse_args(argv)
 
@@ -93,12 +95,22 @@ def check(args: argparse.Namespace, flags: Sequence[str]) -> None:
             f"a slice of {args.topology} has {chips(args)} chips, which machines of "
             f"{args.chips_per_node} do not make up; mend --topology or --chips-per-node"
         )
+    if args.tpu and not chips(args):
+        raise LaunchError(f"--topology {args.topology} has no chips")
+    if args.name is not None and not re.fullmatch(r"[a-z]([-a-z0-9]{,38}[a-z0-9])?", args.name):
+        raise LaunchError(
+            f"--name {args.name!r} is no name of Kubernetes: at most 40 of a-z, 0-9 and -, a "
+            "letter first and no - last"
+        )
+    if args.claim and not re.fullmatch(r"[^:/]+:/[^:]+", args.claim):
+        raise LaunchError(f"--claim {args.claim} is not NAME:/PATH, e.g. runs:/runs")
     workdir = common.flag(flags, "workdir")
-    mounted = args.claim and str(workdir).startswith(args.claim.partition(":")[2] + "/")
+    folder = args.claim.partition(":")[2].rstrip("/") if args.claim else None
+    mounted = folder and str(workdir).startswith(folder + "/")
     if common.is_local(workdir) and not mounted:
         raise LaunchError(
             f"--workdir={workdir} is a folder of the pod: it goes with it, and every pod has its "
-            "own; give gs://BUCKET/DIR, or a folder below --claim NAME:PATH"
+            "own; give gs://BUCKET/DIR, or a folder below --claim NAME:/PATH"
         )
 
 
@@ -204,7 +216,7 @@ def selector(args: argparse.Namespace) -> dict[str, str]:
 def environment(args: argparse.Namespace, name: str) -> list[dict[str, Any]]:
     """Variables of a pod.  TPU pods get their neighbours' names from GKE, GPU pods from here."""
     platform = "tpu" if args.tpu else "gpu"
-    env = xla_flags.environment(platform, nodes=machines(args), slices=args.slices, given={})
+    env = xla_flags.passed_on(platform, nodes=machines(args), slices=args.slices)
     env["PYTHONUNBUFFERED"] = "1"
     if args.gpu and args.nodes > 1:
         env |= {
@@ -343,8 +355,7 @@ def main(argv: list[str]) -> int:
     if before is not None:
         say(f"the JobSet {name} has ended ({before['terminalState']}): deleted, then made anew")
         cluster.delete()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
+    common.write(path, text, "--manifest")
     sys.stdout.write(cluster.ask("apply", f"--filename={path}"))
     stopping = threading.Event()
 

@@ -1,18 +1,21 @@
 """Runs main.py as a job of Slurm: writes a script, submits it with sbatch, follows its output.
 
-  launch/slurm.py [OPTIONS] -- --config=FILE:ARG --workdir=DIR [flags of main.py]
-  launch/slurm.py --nodes 2 --gpus-per-node 8 --time 24:00:00 -- \\
+  python launch/slurm.py [OPTIONS] -- --config=FILE:ARG --workdir=DIR [flags of main.py]
+  python launch/slurm.py --nodes 2 --gpus-per-node 8 --time 24:00:00 -- \\
       --config=configs/dcae_f32c32.py:phase1 --workdir=/shared/runs/f32c32
 
 One process for each GPU, or with --process-per node one for each node.  Before the time limit, and
 when Slurm preempts the job, it gets SIGTERM, saves, ends with 42 and is requeued: the same job, the
-same workdir.  With --wait (the default) this command ends when the job has, with its exit code.
+same workdir.  With --wait (the default) this command ends when the job has, with its exit code; if
+it is killed, the job goes on, and the same command typed anew joins it.
 """
 
 import argparse
+import hashlib
 import pathlib
 import re
 import shlex
+import subprocess
 import sys
 import threading
 import time
@@ -24,6 +27,9 @@ from common import LaunchError, say
 
 POLL = 5  # seconds between questions to the controller
 LOST_CONTROLLER = 600  # seconds without an answer of the controller until we give up
+
+SBATCH_SECONDS = 10  # that an sbatch whose launcher was killed may still take
+LOGIN = "run this on a login node of the Slurm cluster"
 
 # Folders that every machine has for itself: never shared between nodes.
 OWN = ("/tmp", "/var/tmp", "/dev/shm", "/run")
@@ -50,14 +56,18 @@ MENDS = (
 def options(argv: Sequence[str]) -> argparse.Namespace:
     """The options in front of `--`."""
     p = common.parser(__doc__ or "")
-    p.add_argument("--nodes", type=int, default=1, metavar="N", help="machines (1)")
+    p.add_argument("--nodes", type=common.whole(1), default=1, metavar="N", help="machines (1)")
     p.add_argument("--platform", choices=("gpu", "cpu"), default="gpu", help="gpu (default) or cpu")
-    p.add_argument("--gpus-per-node", type=int, metavar="G", help="GPUs of each node")
+    p.add_argument("--gpus-per-node", type=common.whole(1), metavar="G", help="GPUs of each node")
     p.add_argument(
-        "--process-per", choices=("gpu", "node"), default="gpu", help="gpu (default) or node"
+        "--process-per", choices=("gpu", "node"), help="with --platform gpu: gpu (default) or node"
     )
-    p.add_argument("--processes-per-node", type=int, metavar="K", help="with --platform cpu (1)")
-    p.add_argument("--cpus-per-process", type=int, metavar="C", help="cores of each process")
+    p.add_argument(
+        "--processes-per-node", type=common.whole(1), metavar="K", help="with --platform cpu (1)"
+    )
+    p.add_argument(
+        "--cpus-per-process", type=common.whole(1), metavar="C", help="cores of each process"
+    )
     for name in ("time", "partition", "account", "qos", "mem"):
         p.add_argument(f"--{name}", metavar=name.upper(), help=f"as sbatch --{name}")
     p.add_argument(
@@ -80,10 +90,17 @@ def options(argv: Sequence[str]) -> argparse.Namespace:
     )
     p.add_argument("--name", help="name of the job (from the workdir)")
     p.add_argument("--logs", default="runs/slurm", help="folder of scripts and output (runs/slurm)")
-    p.add_argument("--port", type=int, help="where process 0 listens (from the number of the job)")
+    p.add_argument(
+        "--job-file", metavar="FILE",
+        help="holds the job's number; while that job is pending or runs, the same command joins it "
+        "and submits nothing (in --logs, of the workdir)",
+    )  # fmt: skip
+    p.add_argument(
+        "--port", type=common.PORT, help="where process 0 listens (from the number of the job)"
+    )
     p.add_argument(
         "--save-seconds",
-        type=int,
+        type=common.whole(1),
         default=120,
         metavar="S",
         help="SIGTERM so long before the time limit (120)",
@@ -99,6 +116,14 @@ def check(args: argparse.Namespace, flags: Sequence[str]) -> None:
     common.require_flags(flags)
     if args.platform == "gpu" and not args.gpus_per_node:
         raise LaunchError("--gpus-per-node says how many GPUs a node has (or --platform cpu)")
+    if args.platform == "cpu" and (args.gpus_per_node or args.process_per):
+        given = "--gpus-per-node" if args.gpus_per_node else "--process-per"
+        raise LaunchError(
+            f"{given} is for GPUs; with --platform cpu, --processes-per-node says how many "
+            "processes a node has"
+        )
+    if args.name is not None and not re.fullmatch(r"[^/%\n]+", args.name):
+        raise LaunchError(f"--name {args.name!r} names files: at least a letter, no / and no %")
     if args.platform == "gpu" and args.processes_per_node:
         raise LaunchError("--processes-per-node is for CPUs; GPUs have --process-per gpu or node")
     workdir = common.flag(flags, "workdir")
@@ -115,7 +140,7 @@ def processes_per_node(args: argparse.Namespace) -> int:
     """Tasks of each node."""
     if args.platform == "cpu":
         return args.processes_per_node or 1
-    return args.gpus_per_node if args.process_per == "gpu" else 1
+    return args.gpus_per_node if args.process_per != "node" else 1
 
 
 def job_name(args: argparse.Namespace, flags: Sequence[str]) -> str:
@@ -140,9 +165,10 @@ def directives(args: argparse.Namespace, name: str) -> list[str]:
         found += [f"--{option}={value}"] if value is not None else []
     found += [
         f"--output={args.logs}/{name}-%j.out", "--open-mode=append", "--requeue",
-        f"--signal=TERM@{args.save_seconds}", *args.sbatch,
+        f"--signal=TERM@{args.save_seconds}",
     ]  # fmt: skip
-    return [f"#SBATCH {line}" for line in found]
+    # sbatch reads quotes as a shell does; what is handed on to it is quoted by whoever gave it.
+    return [f"#SBATCH {line}" for line in [*common.quoted(found), *args.sbatch]]
 
 
 TEMPLATE = r"""#!/bin/bash
@@ -168,15 +194,15 @@ process=$(declare -f wait_for; cat <<'END'
 trap 'interrupted=yes; kill -TERM $child 2>/dev/null' TERM
 {command} &
 child=$!
-wait_for $child
-case $code in 0|42|43) exit $code;; 137) exit 43;; 2) exit 202;; *) exit 201;; esac
+wait_for $child  # 137: killed from outside; 134: aborted by jax, for a process that does not answer
+case $code in 0|42|43) exit $code;; 134|137) exit 43;; 2) exit 202;; *) exit 201;; esac
 END
 )
 trap 'interrupted=yes; say "SIGTERM from Slurm; the processes save"' TERM  # they get it, too
 # Processes that are left when one has ended have a minute for their message.
 srun --kill-on-bad-exit=0 --wait=60{cpus} bash -c "$process" &
 wait_for $!
-case $code in 137) code=43;; 202) code=2;; 201) code=1;; esac
+case $code in 134|137) code=43;; 202) code=2;; 201) code=1;; esac
 say "the run ended with exit code $code"
 
 again() {{  # the same job once more, unless Slurm has taken the matter into its own hands
@@ -190,7 +216,8 @@ again() {{  # the same job once more, unless Slurm has taken the matter into its
     say "Slurm itself has requeued or cancelled the job"
   fi
 }}
-failures={failures}-$SLURM_JOB_ID.failures  # of 43 in a row
+failures={failures}-$SLURM_JOB_ID.failures  # of 43 in a row, since a start that lived long
+[ "$SECONDS" -gt {progress} ] && rm -f "$failures"
 case $code in
   42) rm -f "$failures"; again "preempted and saved";;
   43)
@@ -221,19 +248,17 @@ def script(args: argparse.Namespace, flags: Sequence[str], name: str, path: str)
         setup="\n".join(args.setup) or "# (no --setup)", exports=_exports(args),
         process=_process(args), max_restarts=args.max_restarts, max_failures=args.max_failures,
         command=common.shell(common.main_command(args.python, flags, total)),
-        failures=shlex.quote(f"{args.logs}/{name}"),
+        progress=common.PROGRESS, failures=shlex.quote(f"{args.logs}/{name}"),
         # srun does not take it over from sbatch.
         cpus=f" --cpus-per-task={args.cpus_per_process}" if args.cpus_per_process else "",
     )  # fmt: skip
 
 
 def _exports(args: argparse.Namespace) -> str:
-    """What is the same on all processes; flags that the user has set follow ours, and win."""
+    """What is the same on all processes; what the job's environment has set wins."""
     env = xla_flags.environment(args.platform, nodes=args.nodes, given={})
-    lines = [
-        f'export {k}="{v} ${{{k}:-}}"' if "FLAGS" in k else f"export {k}={shlex.quote(v)}"
-        for k, v in env.items()
-    ]
+    forms = {"XLA_FLAGS": 'export {k}="{v} ${{{k}:-}}"', "NCCL_DEBUG": 'export {k}="${{{k}:-{v}}}"'}
+    lines = [forms.get(k, "export {k}={v}").format(k=k, v=v) for k, v in env.items()]
     if args.nodes * processes_per_node(args) > 1:
         port = str(args.port) if args.port else "$((20000 + SLURM_JOB_ID % 20000))"
         lines += [f"export JAX_COORDINATOR_ADDRESS=$host:{port}"]
@@ -249,18 +274,76 @@ def _process(args: argparse.Namespace) -> str:
     lines = [NUMBERED] if args.nodes * per_node > 1 else []
     if args.platform == "gpu":
         every = ",".join(map(str, range(args.gpus_per_node)))
-        ids = "$SLURM_LOCALID" if args.process_per == "gpu" else every
+        ids = "$SLURM_LOCALID" if args.process_per != "node" else every
         lines += [f"export JAX_LOCAL_DEVICE_IDS={ids}"]
     return "\n".join(lines) or "# the only process"
 
 
-def submit(path: pathlib.Path) -> str:
-    """The number of the job."""
-    common.require_program("sbatch", "run this on a login node of the Slurm cluster")
-    done = common.capture(["sbatch", "--parsable", str(path)])
+def job_file(args: argparse.Namespace, flags: Sequence[str], name: str) -> pathlib.Path:
+    """Where the number of the job of this workdir stands."""
+    workdir = common.flag(flags, "workdir") or ""
+    full = str(pathlib.Path(workdir).absolute()) if common.is_local(workdir) else workdir
+    default = pathlib.Path(args.logs, f"{name}-{digest(full)[:8]}.job")
+    return pathlib.Path(args.job_file) if args.job_file else default
+
+
+def digest(text: str) -> str:
+    """Tells texts apart."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def recorded(file: pathlib.Path) -> tuple[str, str]:
+    """Digest of the script and number of the job; "" where they do not stand there."""
+    for _ in range(SBATCH_SECONDS):
+        words = file.read_text().split() if file.exists() else ["", ""]
+        if len(words) > 1 or time.time() - file.stat().st_mtime > 60:
+            break
+        time.sleep(1)  # a launcher was killed, and its sbatch still goes on
+    script, number = [*words, "", ""][:2]
+    return script, number.split(";")[0]
+
+
+def unfinished(file: pathlib.Path, name: str, text: str) -> str | None:
+    """The job of an earlier start that is pending, runs or was requeued; None if there is none."""
+    script, job = recorded(file)
+    if not job:
+        return None
+    common.require_program("scontrol", LOGIN)
+    done = common.capture(["scontrol", "show", "job", job])
+    if "invalid job id" in done.stderr.lower():
+        return None  # ended long ago
+    found = re.search(r"JobName=(.*)\n(?:.*\n)*?.*JobState=(\w+)", done.stdout)
+    if not found:
+        raise LaunchError(
+            common.explain(f"asking whether job {job} ({file}) still runs", done.stderr, MENDS)
+        )
+    if found[1].strip() != name or found[2] in ("COMPLETED", "FAILED", *ENDS):
+        return None  # numbers are used again
+    if script != digest(text):
+        raise LaunchError(
+            f"job {job} ({found[2]}) is of the same workdir, with other options or flags; "
+            f"`scancel {job}` ends it, saved; then the same command again"
+        )
+    say(f"job {job} of an earlier start is {found[2]}: joined, nothing is submitted")
+    return job
+
+
+def submit(path: pathlib.Path, text: str, file: pathlib.Path) -> str:
+    """The number of the job, which stands in `file` as soon as there is one."""
+    common.require_program("sbatch", LOGIN)
+    common.write(path, text, "--logs")
+    common.write(file, f"{digest(text)}\n", "--job-file")
+    with open(file, "a") as out:  # sbatch itself writes there, also when we are killed meanwhile
+        done = subprocess.run(
+            ["sbatch", "--parsable", str(path)], stdout=out, stderr=subprocess.PIPE, text=True,
+            check=False, start_new_session=True,
+        )  # fmt: skip
     if done.returncode:
+        file.unlink(missing_ok=True)
         raise LaunchError(common.explain("sbatch", done.stderr, MENDS))
-    return done.stdout.strip().split(";")[0]
+    if not (job := recorded(file)[1]):
+        raise LaunchError(f"sbatch ended without a number in {file}; `squeue --me` shows the jobs")
+    return job
 
 
 def state(job: str) -> tuple[str, int] | None:
@@ -328,15 +411,18 @@ def main(argv: list[str]) -> int:
     name = job_name(args, flags)
     path = pathlib.Path(args.logs, f"{name}.sbatch")
     text = script(args, flags, name, str(path))
-    print(f"# {path}\n{text}")
-    print(common.shell(["sbatch", "--parsable", str(path)]), flush=True)
+    file = job_file(args, flags, name)
+    job = None if args.dry_run else unfinished(file, name, text)
+    if job is None:
+        print(f"# {path}\n{text}")
+        print(
+            common.shell(["sbatch", "--parsable", str(path)]), f" # its number: {file}", flush=True
+        )
     if args.dry_run:
         return 0
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
-    job = submit(path)
+    how, job = ("follows", job) if job else ("submitted as", submit(path, text, file))
     log = pathlib.Path(args.logs, f"{name}-{job}.out")
-    say(f"submitted as job {job}; output: {log}; `scancel {job}` ends it, saved")
+    say(f"{how} job {job}; output: {log}; `scancel {job}` ends it, saved")
     if not args.wait:
         return 0
 

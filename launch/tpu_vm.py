@@ -1,8 +1,9 @@
 """Runs main.py on all workers of a TPU VM or pod: makes the TPU, copies this code, runs, restarts.
 
-  launch/tpu_vm.py --name N --zone Z --type T [OPTIONS] -- --config=FILE:ARG --workdir=gs://BUCKET/DIR
-  launch/tpu_vm.py --name sana --zone us-west4-a --type v5litepod-16 --spot --queue --delete -- \\
-      --config=configs/dcae_f32c32.py:phase1 --workdir=gs://my-bucket/f32c32/phase1
+  python launch/tpu_vm.py --name N --zone Z --type T [OPTIONS] -- --config=FILE:ARG --workdir=gs://BUCKET/DIR
+  python launch/tpu_vm.py --name N --zone Z --stop
+  python launch/tpu_vm.py --name sana --zone us-west4-a --type v5litepod-16 --spot --queue \\
+      --delete -- --config=configs/dcae_f32c32.py:phase1 --workdir=gs://my-bucket/f32c32/phase1
 
 A TPU of that name that is ready is used as it is; else one is made (--queue: waited for).  Worker
 0's output is shown.  After exit code 42, 43 or a lost connection the run is started again, or
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Sequence
 
 import common
@@ -54,6 +56,8 @@ MENDS = (
     ("runtime version", "`gcloud compute tpus tpu-vm versions list --zone=ZONE` shows them; give "
      "--version"),
     ("has not been used in project", "`gcloud services enable tpu.googleapis.com` switches it on"),
+    ("not found", "is --name right? `gcloud compute tpus tpu-vm list --zone=ZONE` shows them"),
+    ("not_found", "is --name right? `gcloud compute tpus tpu-vm list --zone=ZONE` shows them"),
     ("permission", "the account lacks rights in this project: it needs the role TPU Admin"),
 )  # fmt: skip
 
@@ -63,7 +67,7 @@ def options(argv: Sequence[str]) -> argparse.Namespace:
     p = common.parser(__doc__ or "")
     p.add_argument("--name", required=True, help="name of the TPU")
     p.add_argument("--zone", required=True, help="zone, e.g. us-west4-a")
-    p.add_argument("--type", required=True, help="accelerator type, e.g. v5litepod-16, v4-32")
+    p.add_argument("--type", help="accelerator type, e.g. v5litepod-16, v4-32 (not for --stop)")
     p.add_argument("--project", help="project (gcloud's default)")
     p.add_argument("--version", help="software version (that of the type)")
     p.add_argument("--spot", action="store_true", help="spot: cheap, may be taken away")
@@ -89,7 +93,7 @@ def options(argv: Sequence[str]) -> argparse.Namespace:
 def kind(accelerator: str) -> tuple[str, int]:
     """v5litepod-16 -> ("v5litepod", 16)."""
     name, _, number = accelerator.rpartition("-")
-    if name not in VERSIONS or not number.isdigit():
+    if name not in VERSIONS or not number.isdecimal() or int(number) < 1:
         raise LaunchError(
             f"--type {accelerator} is not KIND-NUMBER with a KIND of {', '.join(VERSIONS)}; e.g. "
             "v5litepod-16"
@@ -113,9 +117,11 @@ def worker_count(accelerator: str) -> int:
 
 def check(args: argparse.Namespace, flags: Sequence[str]) -> None:
     """What can be seen to be wrong without asking anybody."""
-    count = worker_count(args.type)
     if args.stop:
         return
+    if args.type is None:
+        raise LaunchError("no --type; give the accelerator type, e.g. --type v5litepod-16")
+    count = worker_count(args.type)
     common.require_flags(flags)
     workdir = common.flag(flags, "workdir")
     if common.is_local(workdir) and not args.shared_workdir and (count > 1 or args.spot):
@@ -200,7 +206,7 @@ UNPACK = f"mkdir -p {CODE} && tar -xzf {CODE}.tgz -C {CODE} && bash {CODE}/launc
 def run_command(args: argparse.Namespace, flags: Sequence[str]) -> str:
     """What each worker runs."""
     words = common.main_flags(flags, device_count(args.type))
-    env = xla_flags.environment("tpu", given={})
+    env = xla_flags.passed_on("tpu")
     return common.shell(["bash", f"{CODE}/launch/tpu_worker.sh", "run", JOB, *words], env)
 
 
@@ -256,6 +262,23 @@ def provide(tpu: Tpu, stopping: threading.Event) -> bool:
     return True
 
 
+def clean_up(tpu: Tpu) -> None:
+    """With --delete: deletes the TPU, if there is one.  Else says what goes on costing money."""
+    command = common.shell(tpu.delete())
+    try:
+        if look(tpu) == (None, None):
+            return
+        if tpu.args.delete:
+            do(tpu.delete())
+        else:
+            say(f"{tpu.args.name} stays, and is billed; this deletes it: {command}")
+    except LaunchError as e:
+        raise LaunchError(
+            f"{e}\n  -> {tpu.args.name} may still be there, and be billed; this deletes it: "
+            f"{command}"
+        ) from e
+
+
 def look(tpu: Tpu) -> tuple[str | None, str | None]:
     """States of the TPU and of the queued request for it; None: there is none."""
     return ask(tpu.describe()), ask(tpu.describe_queued()) if tpu.args.queue else None
@@ -293,7 +316,7 @@ def exit_code(code: int, stderr: str) -> int:
     workers that were preempted (42).
     """
     codes = [int(c) for _, c in FAILED.findall(stderr)] or [code]
-    gone = (LOST, 137)  # no connection; killed from outside
+    gone = (LOST, *common.EXIT_GONE)  # no connection; killed, or aborted by jax
     for c in codes:
         if c not in (0, common.EXIT_PREEMPTED, common.EXIT_LOST, *gone):
             return c
@@ -336,18 +359,40 @@ def main(argv: list[str]) -> int:
     check(args, flags)
     tpu = Tpu(args)
     stop_command = tpu.ssh(f"bash {CODE}/launch/tpu_worker.sh stop {JOB}")
-    if args.stop:
+    if args.stop and args.dry_run:
         print(common.shell(stop_command), flush=True)
-        return 0 if args.dry_run else common.capture(stop_command).returncode
+        return 0
+    if args.stop:
+        require_gcloud(args)
+        do(stop_command)  # a worker without a run says so
+        return 0
     command = run_command(args, flags)
     if args.dry_run:
         show(tpu, args, command)
         return 0
     require_gcloud(args)
+    try:
+        code = until_done(tpu, args, command, stop_command)
+    except BaseException:
+        try:
+            clean_up(tpu)  # what went wrong comes as an error of its own, and is told last
+        except LaunchError as e:
+            print(f"error: {e}", file=sys.stderr)
+        raise
+    clean_up(tpu)
+    return code
+
+
+def until_done(
+    tpu: Tpu, args: argparse.Namespace, command: str, stop_command: Sequence[str]
+) -> int:
+    """Starts until the run has ended; a mistake at the first start is raised."""
     stopping = threading.Event()
     fresh = [True]
+    lived = [0.0]
 
     def start() -> int:
+        lived[0] = 0.0  # waiting for a TPU is none of it
         try:
             if provide(tpu, stopping) or fresh[0]:
                 if stopping.is_set():
@@ -358,18 +403,21 @@ def main(argv: list[str]) -> int:
                 raise  # a mistake; later it is the network, or a zone without a free TPU
             print(f"error: {e}", file=sys.stderr)
             return common.EXIT_LOST
+        if stopping.is_set():
+            return common.EXIT_PREEMPTED
         fresh[0] = False
-        return run_once(tpu, command)
+        begun = time.monotonic()
+        code = run_once(tpu, command)
+        lived[0] = time.monotonic() - begun
+        return code
 
     def stop() -> None:
         stopping.set()
-        common.capture(stop_command)
+        if not fresh[0] and (done := common.capture(stop_command)).returncode:
+            say(common.explain("ending the run", done.stderr, MENDS))
 
     with common.on_signals(stop):
-        code = common.until_done(start, args, stopping.is_set, stopping.wait)
-    if args.delete:
-        do(tpu.delete())
-    return code
+        return common.until_done(start, args, stopping.is_set, stopping.wait, lambda: lived[0])
 
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ show() {  # the output until the process has ended
 run() {
   if running; then
     if [[ "$(cat "$job.command")" != "$(printf '%q ' "$@")" ]]; then
-      say "a run with other flags is going on here; \`launch/tpu_vm.py --stop\` ends it, saved"
+      say "a run with other flags is going on here; \`python launch/tpu_vm.py --stop\` ends it, saved"
       exit 2
     fi
     say "the process still runs; its output goes on"

@@ -5,7 +5,8 @@
 An unknown flag ends the process, so only those stand here that exist in the versions that this
 repository pins: a test tries XLA_FLAGS against the installed jaxlib; the names of libtpu's flags
 were looked up in libtpu 0.0.42.1, which jax 0.10.2 asks for.  What the environment holds already
-wins: its flags are put behind ours, its variables are left as they are.
+wins: its XLA_FLAGS and LIBTPU_INIT_ARGS are put behind ours, its NCCL_DEBUG is left as it is; from
+here to a TPU VM or a pod of GKE they are passed on.  JAX_PLATFORMS is the launcher's to say.
 """
 
 import os
@@ -30,6 +31,7 @@ TPU_LIBTPU = (
     "--xla_tpu_enable_async_collective_fusion_multiple_steps=true",
     "--xla_tpu_overlap_compute_collective_tc=true",
 )
+OF_THE_USER = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "NCCL_DEBUG")
 TPU_SLICES = (
     # Between slices: the all-reduce of gradients beside the backward pass.
     "--xla_tpu_enable_data_parallel_all_reduce_opt=true",
@@ -58,6 +60,12 @@ def environment(
         "JAX_PLATFORMS": "tpu,cpu",
         "LIBTPU_INIT_ARGS": _behind("LIBTPU_INIT_ARGS", flags, given),
     }
+
+
+def passed_on(platform: str, *, nodes: int = 1, slices: int = 1) -> dict[str, str]:
+    """Variables for a process on another machine, those that the user has set here among them."""
+    given = {name: os.environ[name] for name in OF_THE_USER if os.environ.get(name)}
+    return given | environment(platform, nodes=nodes, slices=slices, given=given)
 
 
 def _behind(name: str, ours: tuple[str, ...], given: Mapping[str, str]) -> str:

@@ -12,6 +12,7 @@ import json
 import os
 import pathlib
 import re
+import shlex
 import subprocess
 import sys
 
@@ -41,7 +42,10 @@ def refuse_unknown(words: list[str]) -> None:
     known = KNOWN[max(names, key=len)]
     if words[0] == "sbatch":
         script = pathlib.Path(plain[-1]).read_text()
-        words = [*words, *re.findall(r"^#SBATCH (\S+)", script, re.M)]
+        lines = re.findall(r"^#SBATCH (.*)", script, re.M)
+        words = [*words, *(w for line in lines for w in shlex.split(line))]
+        if not_options := [w for line in lines for w in shlex.split(line) if w[:1] != "-"]:
+            sys.exit(f"sbatch: error: {not_options} are no options")
     for word in words:
         if word.startswith("-") and word.partition("=")[0] not in known:
             print(f"ERROR: ({words[0]}) unrecognized arguments: {word}", file=sys.stderr)

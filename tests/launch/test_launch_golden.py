@@ -19,8 +19,9 @@ CONFIG = "--config=configs/dcae_f32c32.py:phase1"
 BUCKET = ["--", CONFIG, "--workdir=gs://my-bucket/f32c32"]
 SHARED = ["--", CONFIG, "--workdir=/shared/runs/f32c32", "--config.optim.lr=2e-4"]
 CASES = {
-    "local_cpu": ["local", "--processes", "2", "--devices-per-process", "4", "--port", "29501",
-                  "--", "--config=configs/demo.py:phase1", "--workdir=runs/two words"],
+    "local_cpu": ["local", "--processes", "2", "--platform", "cpu", "--devices-per-process",
+                  "4", "--port", "29501", "--", "--config=configs/demo.py:phase1",
+                  "--workdir=runs/two words"],
     "local_gpu": ["local", "--processes", "2", "--platform", "gpu", "--port", "29501", *SHARED],
     "local_one": ["local", "--", "--config=configs/demo.py:phase1", "--workdir=runs/one"],
     "slurm_process_per_gpu": ["slurm", "--nodes", "2", "--gpus-per-node", "8", "--time", "24:00:00",
@@ -100,4 +101,7 @@ def test_every_launcher_has_help():
             done = subprocess.run(
                 [sys.executable, str(path), "--help"], capture_output=True, text=True, check=True
             )
-            assert "--dry-run" in done.stdout and "--max-failures" in done.stdout
+            assert "--dry-run" in done.stdout and "--max-restarts" in done.stdout
+            assert f"  python launch/{path.name} " in done.stdout  # as it can be typed
+            # JobSet counts restarts alone; what does nothing is not offered.
+            assert ("--max-failures" in done.stdout) == (path.stem != "gke")

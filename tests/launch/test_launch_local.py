@@ -21,11 +21,12 @@ import runs
 from conftest import ROOT
 
 # Prints what it was given; then does what the file DO says: a line for each start, in it a word for
-# each process: an exit code, `wait` (for SIGTERM, then 42), `die` (as if killed from outside).
+# each process: an exit code, `wait` (for SIGTERM, then 42), `die` (as if killed from outside),
+# `abort` (as jax does).
 STAND_IN = """\
 import json, os, pathlib, signal, sys, time
 here, index = pathlib.Path(os.environ["HERE"]), os.environ.get("JAX_PROCESS_ID", "0")
-names = ("JAX_", "CUDA_", "XLA_")
+names = ("JAX_", "CUDA_", "XLA_", "SLURM_")
 env = {k: v for k, v in os.environ.items() if k.startswith(names)}
 starts = here / f"starts{index}"
 n = len(starts.read_text().split()) if starts.exists() else 0
@@ -35,8 +36,8 @@ with open(starts, "a") as file:
 print("argv", json.dumps(sys.argv[1:]))
 print("env", json.dumps(env), flush=True)
 what = (here / "do").read_text().splitlines()[n].split()[int(index)]
-if what == "die":
-    os.kill(os.getpid(), signal.SIGKILL)
+if what in ("die", "abort"):
+    os.kill(os.getpid(), signal.SIGKILL if what == "die" else signal.SIGABRT)
 if what == "wait":
     time.sleep(60)
 sys.exit(int(what))
@@ -51,6 +52,7 @@ def stand_in(tmp_path, monkeypatch):
     python.write_text(f'#!/bin/sh\nshift; exec {sys.executable} -I {tmp_path}/main.py "$@"\n')
     python.chmod(0o755)
     monkeypatch.setenv("HERE", str(tmp_path))
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     monkeypatch.setattr(local, "GRACE", 1)
     monkeypatch.setattr(common, "BACK_OFF", (0.1, 0.1))
 
@@ -84,14 +86,30 @@ def test_one_process_is_started_without_a_coordinator(stand_in, capfd):
     assert "JAX_NUM_PROCESSES" not in capfd.readouterr().out
 
 
+def test_one_process_in_a_slurm_step_of_several_is_a_run_of_its_own(
+    stand_in, capfd, monkeypatch, tmp_path
+):
+    others = {"SLURM_NTASKS": "4", "SLURM_PROCID": "2", "JAX_NUM_PROCESSES": "4"}
+    for name, value in (others | {"SLURM_JOB_ID": "7"}).items():
+        monkeypatch.setenv(name, value)
+    assert stand_in(["0", "0"]) == 0
+    out = capfd.readouterr().out
+    env = json.loads(re.search(r"^env (.*)", out, re.M)[1])
+    assert env["SLURM_JOB_ID"] == "7" and not others.keys() & env.keys()
+    line = re.search(r"^\[0\] (.*)", out, re.M)[1]  # as printed it is the same
+    typed = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=True).stdout
+    assert json.loads(re.search(r"^env (.*)", typed, re.M)[1]) == env
+
+
 def test_42_starts_all_again_and_43_and_kill_9_too(stand_in, tmp_path, capfd):
-    do = ["42 42", "43 43", "die 43", "0 0"]
+    do = ["42 42", "43 43", "die 43", "abort 43", "0 0"]
     assert stand_in(do, "--processes", "2") == 0
     out = capfd.readouterr().out
-    assert len(pids(tmp_path, 0)) == len(pids(tmp_path, 1)) == 4
+    assert len(pids(tmp_path, 0)) == len(pids(tmp_path, 1)) == 5
     assert "restart 1 of 100: exit code 42 (preempted and saved)" in out
     assert "restart 2 of 100: exit code 43 (a process is gone, 1 in a row)" in out
     assert "restart 3 of 100: exit code 43 (a process is gone, 2 in a row)" in out
+    assert "restart 4 of 100: exit code 43 (a process is gone, 3 in a row)" in out
 
 
 def test_no_more_restarts_than_allowed(stand_in, tmp_path, capfd):
@@ -130,6 +148,33 @@ def test_signals_are_passed_on_and_their_42_is_no_reason_to_start_again(
     assert "\nsaved" in out and "\n[1] saved" in out and "restart" not in out
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells children of the end")
+def test_a_launcher_that_is_killed_leaves_nothing_and_the_run_saves(stand_in, tmp_path):
+    (tmp_path / "do").write_text("wait wait")
+    launcher = subprocess.Popen(
+        [sys.executable, "launch/local.py", "--python", str(tmp_path / "python"),
+         "--processes", "2", "--", "--config=a", "--workdir=w"],
+        cwd=ROOT, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    while not all((tmp_path / f"starts{i}").exists() for i in (0, 1)):
+        time.sleep(0.05)
+    time.sleep(0.2)  # the number of each is written
+    launcher.kill()
+    out = launcher.communicate(timeout=20)[0]  # until the last that could print is gone
+    assert "\nsaved\n" in out and "\n[1] saved\n" in out
+    for pid in pids(tmp_path, 0) + pids(tmp_path, 1):
+        assert not alive(pid)
+
+
+def alive(pid):
+    """Whether a process runs; one that waits to be collected does not."""
+    try:
+        stat = pathlib.Path(f"/proc/{pid}/stat").read_text()
+    except FileNotFoundError:
+        return False
+    return stat.rpartition(")")[2].split()[0] != "Z"
+
+
 def refused(*argv):
     with pytest.raises(common.LaunchError) as e:
         local.main([*argv, "--", "--config=a", "--workdir=w"])
@@ -147,15 +192,44 @@ def test_mistakes_say_what_to_do(fakes, monkeypatch):
     assert "3 processes with 1 GPUs each need 3, and 2 are visible" in said
     fakes.script("nvidia-smi", "#!/bin/sh\necho 'no devices were found' >&2; exit 9\n")
     assert "no devices were found" in refused(*gpu)
-    assert "at least 1" in refused("--processes", "0")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         port = taken.getsockname()[1]
         said = refused("--processes", "2", "--port", str(port))
     assert f"port {port}" in said and "leave --port out" in said
+    assert "--python /nope is no program" in refused("--platform", "cpu", "--python", "/nope")
     for flags, hint in (([], "no --config behind `--`"), (["--config=a"], "no --workdir")):
         with pytest.raises(common.LaunchError, match=hint):
             local.main(["--", *flags])
+
+
+def test_the_platform_is_what_is_there_unless_told(fakes, monkeypatch, capsys):
+    def printed(*options):
+        local.main(["--dry-run", *options, "--", "--config=a", "--workdir=w"])
+        return capsys.readouterr().out
+
+    for name in ("JAX_PLATFORMS", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+    assert "platform cpu: there is no nvidia-smi" in printed()
+    fakes.script("nvidia-smi", "#!/bin/sh\necho 'GPU 0: H100'; echo 'GPU 1: H100'\n")
+    out = printed()
+    assert "platform gpu: 2 GPU(s) visible (nvidia-smi -L)" in out
+    assert "JAX_PLATFORMS=cuda" in out and "CUDA_VISIBLE_DEVICES=0,1" in out
+    assert "platform cpu: --platform\n" in printed("--platform", "cpu")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert "platform cpu: 0 GPU(s) visible (CUDA_VISIBLE_DEVICES=)" in printed()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,-1,6")
+    assert "platform gpu: 1 GPU(s)" in printed()
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    out = printed()
+    assert "platform cpu: JAX_PLATFORMS=cpu" in out and "[0] XLA_FLAGS=" in out
+    assert "JAX_PLATFORMS=cuda" in printed("--platform", "gpu")
+    monkeypatch.setenv("JAX_PLATFORMS", "tpu")
+    assert "neither CPU nor GPUs" in refused()
+    monkeypatch.delenv("JAX_PLATFORMS")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    fakes.script("nvidia-smi", "#!/bin/sh\necho 'driver mismatch' >&2; exit 9\n")
+    assert "(driver mismatch); mend the driver" in refused()
 
 
 # ----------------------------------------------------------------------------------- main.py itself
@@ -173,7 +247,7 @@ def test_the_printed_commands_are_the_run(tmp_path):
     env = runs.environment(PYTHONUNBUFFERED=1)
     printed = subprocess.run([*LAUNCH, "--dry-run", "--", *flags], cwd=ROOT, env=env,
                              capture_output=True, text=True, check=True)  # fmt: skip
-    lines = [line.partition("] ")[2] for line in printed.stdout.splitlines()]
+    lines = [ln.partition("] ")[2] for ln in printed.stdout.splitlines() if ln.startswith("[")]
     assert len(lines) == 2 and not (tmp_path / "run").exists()
     both = [
         subprocess.Popen(["bash", "-c", line], cwd=ROOT, env=env, stdout=subprocess.PIPE,
@@ -199,7 +273,7 @@ def test_a_run_of_two_processes_goes_on_after_a_preemption(tmp_path):
         text += line
         if line.startswith("step 1/"):
             children = pathlib.Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
-            os.kill(int(children[1]), signal.SIGTERM)
+            os.kill(int(children[-1]), signal.SIGTERM)  # of process 1
     assert job.wait() == 0, text
     (saved,) = map(int, re.findall(r"preempted: saved step (\d+)", text))
     assert "restart 1 of 100: exit code 42 (preempted and saved)" in text

@@ -4,8 +4,10 @@ A real Slurm runs the same script in `make test-slurm`.
 """
 
 import os
+import shlex
 import signal
 import subprocess
+import sys
 import threading
 import time
 
@@ -67,6 +69,18 @@ def test_a_job_is_submitted_followed_and_its_code_given(cluster, capsys, tmp_pat
     assert (tmp_path / "logs/x.sbatch").read_text() in out  # printed as submitted
 
 
+def test_blanks_in_names_and_folders(cluster, capsys, tmp_path):
+    cluster.fakes.reply(("sbatch", 0, "7"), state("COMPLETED"))
+    log = tmp_path / "lo gs" / "my job-7.out"
+    log.parent.mkdir()
+    log.write_text("step 1\n")
+    assert cluster(*CPU, "--name", "my job", "--logs", "lo gs") == 0
+    assert "\nstep 1\n" in capsys.readouterr().out
+    lines = (tmp_path / "lo gs/my job.sbatch").read_text().splitlines()
+    words = [w for ln in lines if ln.startswith("#SBATCH ") for w in shlex.split(ln[8:])]
+    assert {"--job-name=my job", "--output=lo gs/my job-%j.out"} <= set(words)
+
+
 @pytest.mark.parametrize(
     ("end", "code"),
     [("FAILED", 1), ("FAILED", 2), ("FAILED", 42), ("TIMEOUT", 43), ("NODE_FAIL", 43),
@@ -82,6 +96,52 @@ def test_no_wait_only_submits(cluster):
     cluster.fakes.reply(("sbatch", 0, "7"))
     assert cluster(*CPU, "--no-wait") == 0
     assert len(cluster.fakes.calls()) == 1
+
+
+def test_the_same_command_joins_the_job_that_is_there(cluster, capsys, tmp_path):
+    submitted = lambda: len(cluster.fakes.calls("sbatch"))  # noqa: E731
+    cluster.fakes.reply(("sbatch", 0, "7;cluster"))
+    again = (*CPU, "--name", "x")
+    assert cluster(*again, "--no-wait") == 0
+    (file,) = (tmp_path / "logs").glob("x-*.job")
+    assert file.read_text().split()[1] == "7;cluster"
+
+    cluster.fakes.reply(state("PENDING"), state("RUNNING"), state("FAILED", 42))
+    assert cluster(*again) == 42 and submitted() == 1
+    assert "job 7 of an earlier start is PENDING: joined" in capsys.readouterr().out
+    cluster.fakes.reply(state("RUNNING"))
+    assert cluster(*again, "--no-wait") == 0 and submitted() == 1
+    said = refused(cluster, *again, "--time", "1:00")
+    assert "with other options or flags; `scancel 7`" in said
+    # Another workdir has a file of its own; who asks nobody must not submit a second.
+    down = "slurm_load_jobs error: Unable to contact slurm controller (connect failure)"
+    cluster.fakes.reply(("scontrol show job", 1, "", down))
+    assert "does not answer" in refused(cluster, *again)
+    cluster.fakes.reply(("sbatch", 0, "8"))
+    assert cluster(*again, "--no-wait", flags=["--workdir=gs://b/other"]) == 0 and submitted() == 2
+    # Ended, forgotten by Slurm, or a number that is another's by now.
+    gone = ("scontrol show job", 1, "", "slurm_load_jobs error: Invalid job id specified")
+    other = ("scontrol show job", 0, state("RUNNING")[2].replace("JobName=x", "JobName=y"))
+    for count, reply in enumerate((state("COMPLETED"), state("TIMEOUT"), gone, other), 3):
+        cluster.fakes.reply(reply, ("sbatch", 0, "7"))
+        assert cluster(*again, "--no-wait") == 0 and submitted() == count
+
+
+def test_a_launcher_that_is_killed_while_sbatch_runs_finds_its_job(cluster, capsys, tmp_path):
+    cluster.fakes.script("sbatch", "#!/bin/sh\n: > called; sleep 0.5; echo 9\n")
+    words = [*CPU, "--name", "x", "--python", "p", "--logs", "logs", "--", "--config=a",
+             "--workdir=gs://b/w"]  # fmt: skip
+    first = subprocess.Popen([sys.executable, str(ROOT / "launch/slurm.py"), *words],
+                             stdout=subprocess.DEVNULL)  # fmt: skip
+    while not (tmp_path / "called").exists():
+        assert first.poll() is None
+        time.sleep(0.02)
+    first.kill()
+    first.wait()
+    cluster.fakes.add("sbatch")
+    cluster.fakes.reply(state("RUNNING"), state("COMPLETED"))
+    assert slurm.main(words) == 0 and not cluster.fakes.calls("sbatch")
+    assert "job 9 of an earlier start is RUNNING: joined" in capsys.readouterr().out
 
 
 def test_the_end_of_the_launcher_cancels_the_job_which_saves(cluster):
@@ -123,7 +183,10 @@ def test_what_sbatch_refuses_says_what_to_do(cluster, stderr, hint):
     assert hint in said and stderr.split(": ")[-1][:30] in said
 
 
-def test_mistakes_say_what_to_do(cluster, fakes):
+def test_mistakes_say_what_to_do(cluster, fakes, tmp_path):
+    (tmp_path / "file").touch()
+    said = refused(cluster, *CPU, "--logs", "file/logs")
+    assert "cannot be written (Not a directory); choose another folder with --logs" in said
     assert "--gpus-per-node says" in refused(cluster)
     assert "GPUs have --process-per" in refused(
         cluster, "--gpus-per-node", "2", "--processes-per-node", "2"
@@ -148,6 +211,8 @@ def script(cluster, tmp_path, monkeypatch):
     def run(codes, *options, job_state="RUNNING", **env):
         cluster.fakes.reply(("sbatch", 0, "7"))
         cluster("--no-wait", "--name", "x", *options)
+        for file in (tmp_path / "logs").glob("*.job"):
+            file.unlink()
         cluster.fakes.reply(
             ("show hostnames", 0, "n0\nn1"), state(job_state),
             ("show node n0", 0, "NodeName=n0\n   NodeAddr=10.0.0.1 NodeHostName=n0\n"),
@@ -177,7 +242,8 @@ def script(cluster, tmp_path, monkeypatch):
         ("1 43", 1, False),  # it failed by itself; the other was left behind
         ("43 2", 2, False),
         ("42 1", 1, False),
-        ("134 43", 1, False),  # a crash
+        ("134 43", 43, True),  # aborted by jax
+        ("139 43", 1, False),  # a crash
     ],
 )
 def test_codes_of_processes_and_what_is_requeued(script, codes, code, again):
@@ -197,6 +263,8 @@ def test_failures_in_a_row_wait_longer_and_longer(script):
     assert script.sleeps.read_text().split() == ["10", "60", "20", "60", "40", "60"]
     assert script("42 42", *CPU)[0] == 42  # which ends the row
     assert "gone, 1 in a row; waiting 10 s" in script("43 43", *CPU)[1]
+    assert "gone, 2 in a row" in script("43 43", *CPU, SECONDS="500")[1]
+    assert "gone, 1 in a row" in script("43 43", *CPU, SECONDS="601")[1]  # it had lived long
 
 
 def test_restarts_end(script):

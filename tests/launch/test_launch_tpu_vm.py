@@ -104,6 +104,7 @@ def test_a_queued_tpu_is_waited_for(launch, capfd):
     [
         (42, failed((0, 42), (1, 42)), "exit code 42 (preempted and saved)"),
         (43, failed((0, 43), (1, 137)), "exit code 43 (a process is gone, 1 in a row)"),
+        (134, failed((0, 134), (1, 0)), "exit code 43 (a process is gone, 1 in a row)"),
         (255, "Connection closed by remote host", "exit code 43 (a process is gone, 1 in a row)"),
         (43, failed((0, 43), (3, 255)), "exit code 43 (a process is gone, 1 in a row)"),
     ],
@@ -139,6 +140,23 @@ def test_no_free_tpu_after_a_preemption_is_waited_for_and_told(launch, capfd):
     assert "--queue waits for it" in said.err and "restart 2 of 100: exit code 43" in said.out
 
 
+def test_a_tpu_whose_first_start_fails_is_deleted_or_told(launch, capfd):
+    """It is billed until then."""
+    broken = ("_worker.sh install", 1, "", "installing failed")
+    states = [NO_TPU, READY]
+    assert "installing failed" in refused(launch, [*states, broken], "--delete")
+    assert steps(launch.fakes) == ["create", "scp", "install", "delete"]
+    refused(launch, [*states, broken])
+    assert steps(launch.fakes)[4:] == ["create", "scp", "install"]
+    delete = "gcloud compute tpus tpu-vm delete t --zone=z --quiet"
+    assert f"t stays, and is billed; this deletes it: {delete}\n" in capfd.readouterr().out
+    refused(launch, [*states, broken, ("tpu-vm delete", 1, "", "quota of deletions")], "--delete")
+    assert f"may still be there, and be billed; this deletes it: {delete}" in capfd.readouterr().err
+    # What could not be made needs no deletion.
+    refused(launch, [NO_TPU, ("tpu-vm create", 1, "", "Quota")], "--delete")
+    assert steps(launch.fakes)[-2:] == ["delete", "create"]
+
+
 def test_the_end_of_the_launcher_stops_the_run_which_saves(launch):
     """SIGTERM while ssh is on its way: the workers are told, their 42 is the answer."""
     slow = (
@@ -155,7 +173,25 @@ def test_the_end_of_the_launcher_stops_the_run_which_saves(launch):
 
     threading.Thread(target=send).start()
     assert launch([READY, ("run train", 42, "", failed((0, 42)))]) == 42
-    assert launch.fakes.calls("gcloud")[-1][-1].endswith("launch/tpu_worker.sh stop train")
+    assert launch.fakes.calls("gcloud compute tpus tpu-vm ssh")[-1][-1].endswith(" stop train")
+
+
+def test_stop_needs_no_type_and_says_what_came_of_it(launch, capfd):
+    def stop(*replies):
+        launch.fakes.reply(*replies, *LOGGED_IN)
+        return tpu_vm.main([*NAMED[:4], "--stop"])
+
+    said = "launch: worker 0: there is no run to stop"
+    assert stop(("stop train", 0, said)) == 0 and said in capfd.readouterr().out
+    with pytest.raises(common.LaunchError, match="is --name right"):
+        stop(("stop train", 1, "", MISSING))
+    with pytest.raises(common.LaunchError, match="not logged in"):
+        stop(("auth list", 0, ""))
+    (launch.fakes.bin / "gcloud").unlink()
+    with pytest.raises(common.LaunchError, match="no `gcloud` on PATH"):
+        stop()
+    with pytest.raises(common.LaunchError, match="give the accelerator type"):
+        tpu_vm.main([*NAMED[:4], *FLAGS])
 
 
 # ----------------------------------------------------------------------------------------- mistakes
