@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import os
+import pathlib
 import subprocess
 import sys
 
@@ -11,7 +12,8 @@ import gke
 import pytest
 import tpu_vm
 import xla_flags
-from conftest import ROOT
+
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 def test_the_first_double_dash_splits():

@@ -12,7 +12,9 @@ import subprocess
 import sys
 
 import pytest
-from conftest import HERE, ROOT
+
+HERE = pathlib.Path(__file__).parent
+ROOT = HERE.parents[1]
 
 GOLDEN = ROOT / "tests" / "golden" / "launch"
 CONFIG = "--config=configs/dcae_f32c32.py:phase1"

@@ -18,7 +18,8 @@ import common
 import local
 import pytest
 import runs
-from conftest import ROOT
+
+ROOT = pathlib.Path(__file__).parents[2]
 
 # Prints what it was given; then does what the file DO says: a line for each start, in it a word for
 # each process: an exit code, `wait` (for SIGTERM, then 42), `die` (as if killed from outside),

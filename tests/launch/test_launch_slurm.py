@@ -4,6 +4,7 @@ A real Slurm runs the same script in `make test-slurm`.
 """
 
 import os
+import pathlib
 import shlex
 import signal
 import subprocess
@@ -14,7 +15,8 @@ import time
 import common
 import pytest
 import slurm
-from conftest import ROOT
+
+ROOT = pathlib.Path(__file__).parents[2]
 
 # Stands for `python main.py`: ends with the code that CODES has for its process.
 STAND_IN = """\

@@ -1,6 +1,7 @@
 """launch/tpu_vm.py with a fake gcloud; launch/tpu_worker.sh for real, on a worker made up here."""
 
 import os
+import pathlib
 import signal
 import subprocess
 import threading
@@ -9,7 +10,8 @@ import time
 import common
 import pytest
 import tpu_vm
-from conftest import ROOT
+
+ROOT = pathlib.Path(__file__).parents[2]
 
 NAMED = ("--name", "t", "--zone", "z", "--type", "v5litepod-16")
 FLAGS = ("--", "--config=a", "--workdir=gs://b/w")
