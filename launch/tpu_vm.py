@@ -306,6 +306,7 @@ def run_once(tpu: Tpu, command: str) -> int:
     return exit_code(job.wait(), "".join(said))
 
 
+BUSY = 3  # of tpu_worker.sh: the TPU runs something else
 FAILED = re.compile(r"Command execution on worker (\d+) failed with exit status (\d+)")
 
 
@@ -373,6 +374,9 @@ def main(argv: list[str]) -> int:
     require_gcloud(args)
     try:
         code = until_done(tpu, args, command, stop_command)
+        if code == BUSY:
+            say(f"{args.name} is left to the run that is going on there")
+            return 2
     except BaseException:
         try:
             clean_up(tpu)  # what went wrong comes as an error of its own, and is told last

@@ -86,7 +86,7 @@ run() {
   if running; then
     if [[ "$(cat "$job.command")" != "$(printf '%q ' "$@")" ]]; then
       say "a run with other flags is going on here; \`python launch/tpu_vm.py --stop\` ends it, saved"
-      exit 2
+      exit 3  # launch/tpu_vm.py then leaves the TPU to that run
     fi
     say "the process still runs; its output goes on"
     show again

@@ -79,6 +79,12 @@ def test_a_new_tpu_is_made_filled_run_and_deleted(launch, capfd):
     )
 
 
+def test_a_tpu_with_another_run_is_not_deleted(launch, capfd):
+    assert launch([READY, ("_worker.sh run", 3, "", "a run with other flags")], "--delete") == 2
+    assert "delete" not in steps(launch.fakes)
+    assert "t is left to the run that is going on there" in capfd.readouterr().out
+
+
 def test_a_tpu_that_is_ready_is_used_as_it_is(launch):
     assert launch([READY]) == 0
     assert steps(launch.fakes) == ["scp", "install", "tpu_worker.sh"]
@@ -361,7 +367,7 @@ def test_a_lost_connection_leaves_the_run_alone_and_the_next_start_joins_it(fake
     assert "the process still runs" in second.stdout.readline()
     assert pid_file.read_text() == pid
     code, out = worker.run(*RUN, "--config.x=other")
-    assert code == 2 and "a run with other flags is going on here" in out and "--stop" in out
+    assert code == 3 and "a run with other flags is going on here" in out and "--stop" in out
     (worker.home / "code").write_text("7")
     (worker.home / "go_on").unlink()
     second.communicate(timeout=30)
