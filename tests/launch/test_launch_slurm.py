@@ -42,7 +42,7 @@ def cluster(fakes, tmp_path, monkeypatch):
     def launch(*options, flags=()):
         return slurm.main(
             ["--python", str(python), "--logs", "logs", *options, "--", "--config=a",
-             f"--workdir={ROOT}/runs/w", *flags]
+             "--workdir=/shared/runs/w", *flags]
         )  # fmt: skip
 
     launch.fakes = fakes
@@ -253,7 +253,7 @@ def test_codes_of_processes_and_what_is_requeued(script, codes, code, again):
     assert found == code, out
     requeued = ["scontrol", "requeue", "7"] in script.fakes.calls()
     assert requeued == again and (": requeued" in out) == again, out
-    argv = f"main.py --config=a --workdir={ROOT}/runs/w --expect_devices=2"
+    argv = "main.py --config=a --workdir=/shared/runs/w --expect_devices=2"
     assert "\nprocess 0 of 2 at 10.0.0.1:20007, : " in out and "[1] process 1 of 2 at" in out
     assert out.count(f": {os.path.relpath(ROOT / 'main.py')}{argv[7:]}\n") == 2, out
 

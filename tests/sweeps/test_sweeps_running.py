@@ -44,7 +44,7 @@ def test_trials_that_are_preempted_start_again_and_one_that_fails_stops_nothing(
 
 
 def test_a_signal_is_passed_on_and_the_same_command_goes_on(checkout):
-    options = ("--slots=2", "--config.task.seconds=1.5")
+    options = ("--slots=2", "--config.task.seconds=12")  # both run, however late one starts
 
     def started():
         return [len(checkout.starts(trial)) for trial in ("quality=1", "quality=2")]
