@@ -137,6 +137,7 @@ class Tpu:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
+        self.ours = False  # made here, or our run has started on it: --delete may delete it
         self.where = [
             f"--zone={args.zone}",
             *([f"--project={args.project}"] if args.project else []),
@@ -243,6 +244,7 @@ def provide(tpu: Tpu, stopping: threading.Event) -> bool:
         state = queued = None
     if state is None and queued is None:
         do(tpu.create())
+        tpu.ours = True
     told = ""
     while not stopping.is_set():
         state, queued = look(tpu)
@@ -263,12 +265,15 @@ def provide(tpu: Tpu, stopping: threading.Event) -> bool:
 
 
 def clean_up(tpu: Tpu) -> None:
-    """With --delete: deletes the TPU, if there is one.  Else says what goes on costing money."""
+    """With --delete: deletes the TPU, if it is ours.  Else says what goes on costing money.
+
+    A TPU that was there before may hold somebody's run, or one of our own that could not be joined.
+    """
     command = common.shell(tpu.delete())
     try:
         if look(tpu) == (None, None):
             return
-        if tpu.args.delete:
+        if tpu.args.delete and tpu.ours:
             do(tpu.delete())
         else:
             say(f"{tpu.args.name} stays, and is billed; this deletes it: {command}")
@@ -412,6 +417,7 @@ def until_done(
         fresh[0] = False
         begun = time.monotonic()
         code = run_once(tpu, command)
+        tpu.ours = tpu.ours or code != BUSY
         lived[0] = time.monotonic() - begun
         return code
 

@@ -52,7 +52,7 @@ start() {
   if [[ -n "$pid" ]]; then
     say "the TPU is in use by process $pid ($(tr '\0' ' ' < "/proc/$pid/cmdline" | cut -c1-100));" \
       "end it there, or take another TPU"
-    exit 2
+    exit 3  # as below
   fi
   endpoints=$(metadata worker-network-endpoints) || exit 2
   export JAX_NUM_PROCESSES JAX_PROCESS_ID=$worker JAX_COORDINATOR_ADDRESS PYTHONUNBUFFERED=1

@@ -120,8 +120,15 @@ def last_error(text: str) -> str:
         if re.match(r"error: |(\w+\.)*\w*(Error|Exception)\b", lines[i]):
             # A list of problems follows its heading.
             more = lines[i + 1 :] if lines[i].endswith(":") else []
-            return " ".join(" ".join([lines[i], *more]).split())[:_LONGEST]
-    return lines[-1][:_LONGEST] if lines else ""
+            return _short(" ".join(" ".join([lines[i], *more]).split()))
+    return _short(lines[-1]) if lines else ""
+
+
+def _short(text: str) -> str:
+    """Without its middle, where long paths stand."""
+    if len(text) <= _LONGEST:
+        return text
+    return f"{text[: _LONGEST // 4]} ... {text[-(_LONGEST * 3 // 4) :]}"
 
 
 if __name__ == "__main__":

@@ -85,6 +85,14 @@ def test_a_tpu_with_another_run_is_not_deleted(launch, capfd):
     assert "t is left to the run that is going on there" in capfd.readouterr().out
 
 
+def test_a_tpu_that_was_there_is_not_deleted_before_our_run_has_started(launch, capfd):
+    """It may hold a run that could not be joined this time."""
+    lost = ("tpu-vm scp", 1, "", "Connection timed out")
+    assert "timed out" in refused(launch, [READY, lost], "--delete")
+    assert "delete" not in steps(launch.fakes)
+    assert "t stays, and is billed" in capfd.readouterr().out
+
+
 def test_a_tpu_that_is_ready_is_used_as_it_is(launch):
     assert launch([READY]) == 0
     assert steps(launch.fakes) == ["scp", "install", "tpu_worker.sh"]
@@ -389,7 +397,7 @@ def test_a_tpu_that_another_process_holds_is_named(fakes, tmp_path):
     worker = Worker(fakes, tmp_path)
     (worker.home / "holder").write_text(f"/proc/{os.getpid()}/fd/7\n")
     code, out = worker.run(*RUN)
-    assert code == 2 and f"the TPU is in use by process {os.getpid()} (" in out, out
+    assert code == 3 and f"the TPU is in use by process {os.getpid()} (" in out, out
     assert "end it there, or take another TPU" in out
 
 

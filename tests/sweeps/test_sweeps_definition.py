@@ -8,7 +8,7 @@ import pytest
 from sweeping import ROOT
 
 from dcae_jax import config
-from dcae_jax.errors import UserError
+from dcae_jax.errors import IN_USE, UserError
 from dcae_jax.sweeps import backends, definition, keeper, results
 from dcae_jax.sweeps.backends import Backend, Kind
 from dcae_jax.sweeps.definition import Base, Trial
@@ -282,3 +282,10 @@ def test_out_that_is_something_else_is_refused_in_a_sentence(checkout):
         assert [path.name for path in checkout.out.iterdir()] == ["config.json"]
         (checkout.out / "config.json").unlink()
         checkout.out.rmdir()
+
+
+def test_a_long_error_keeps_its_beginning_and_its_end():
+    """Whether a workdir is in use stands behind its path."""
+    found = keeper.last_error(f"error: /{'long/' * 80}w {IN_USE} process 7: stop it\n")
+    assert found.startswith("error: /long/") and f"w {IN_USE} process 7: stop it" in found
+    assert len(found) < 320
