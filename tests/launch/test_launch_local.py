@@ -157,14 +157,16 @@ def test_a_launcher_that_is_killed_leaves_nothing_and_the_run_saves(stand_in, tm
          "--processes", "2", "--", "--config=a", "--workdir=w"],
         cwd=ROOT, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
-    while not all((tmp_path / f"starts{i}").exists() for i in (0, 1)):
-        time.sleep(0.05)
-    time.sleep(0.2)  # the number of each is written
+    waiting = {"env", "[1] env"}  # what each prints before it waits
+    while waiting:
+        waiting.discard(launcher.stdout.readline().partition(" {")[0])
     launcher.kill()
     out = launcher.communicate(timeout=20)[0]  # until the last that could print is gone
-    assert "\nsaved\n" in out and "\n[1] saved\n" in out
-    for pid in pids(tmp_path, 0) + pids(tmp_path, 1):
-        assert not alive(pid)
+    assert sorted(out.split("\n")) == ["", "[1] saved", "saved"]
+    end = time.monotonic() + 20
+    while any(map(alive, pids(tmp_path, 0) + pids(tmp_path, 1))):
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 def alive(pid):
