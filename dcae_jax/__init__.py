@@ -2,6 +2,6 @@
 
 from dcae_jax import store
 
-__version__ = "0.5.0"
+__version__ = "0.6.0"
 
 store.fresh_listings()
