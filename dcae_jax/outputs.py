@@ -12,6 +12,7 @@ from typing import IO
 from absl import logging
 from etils import epath
 
+from dcae_jax import store
 from dcae_jax.errors import UserError
 
 
@@ -36,7 +37,7 @@ def _refuse_full(folder: epath.Path, inside: list[str], option: str) -> None:
 def claimed(folder: epath.Path, option: str) -> Iterator[None]:
     """As `locked`, for a folder that must be empty; UserError if it is not."""
     with locked(folder, option):
-        if "://" not in str(folder):
+        if not store.is_store(folder):
             _refuse_full(folder, os.listdir(folder), option)  # another one may have come and gone
         yield
 
@@ -49,7 +50,7 @@ def locked(folder: epath.Path, option: str) -> Iterator[None]:
     """
     with _told_of(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    if "://" in str(folder):
+    if store.is_store(folder):
         yield
         return
     handle = os.open(folder, os.O_RDONLY)
@@ -67,7 +68,7 @@ def locked(folder: epath.Path, option: str) -> Iterator[None]:
 
 def leftovers(folder: epath.Path) -> list[epath.Path]:
     """What a killed writer of `opened` left there; nobody misses it."""
-    if "://" in str(folder) or not folder.is_dir():
+    if store.is_store(folder) or not folder.is_dir():
         return []
     return [p for p in folder.iterdir() if p.name.startswith(".") and p.name.endswith(".part")]
 
@@ -94,7 +95,7 @@ def opened(path: epath.Path) -> Iterator[IO[bytes]]:
 
     UserError where it cannot be written; no part of it stays.
     """
-    local = "://" not in str(path)
+    local = not store.is_store(path)
     place = path.parent / f".{path.name}.{os.getpid()}.part" if local else path
     with _told_of(path):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from dcae_jax import store
 from dcae_jax.cli._sample_job import short
 from dcae_jax.cli._trained import say
 
@@ -150,7 +151,7 @@ def check_space(job: "Job", missing: "list[tuple[Work, int]]") -> None:
     from dcae_jax.errors import UserError
     from dcae_jax.evals import parts
 
-    if "://" in str(job.out):
+    if store.is_store(job.out):
         return
     needed = sum(parts.space(work, count) for work, count in missing)
     free = shutil.disk_usage(job.out).free

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from concurrent import futures
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from dcae_jax import store
 from dcae_jax.cli import _trained
 from dcae_jax.cli._sample_job import (
     Job,
@@ -103,7 +104,7 @@ def _whole(out: "epath.Path", present: list[int]) -> list[int]:
 
     Stores show whole objects only: nothing is read there.
     """
-    if "://" in str(out):
+    if store.is_store(out):
         return present
 
     def ends(index: int) -> bool:
@@ -339,7 +340,7 @@ def check_space(job: Job, net: "Autoencoder", there: "np.ndarray", npz: bool) ->
     """UserError if the disk will not hold the pictures."""
     from dcae_jax.errors import UserError
 
-    if "://" in str(job.out) or not job.out.exists():
+    if store.is_store(job.out) or not job.out.exists():
         return
     raw = 3 * math.prod(net.cfg.factor * side for side in job.model.run.task.model.input_size)
     needed = _PNG_SHARE * raw * int((~there).sum()) + (raw * job.n if npz else 0)

@@ -30,6 +30,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from dcae_jax import store
 from dcae_jax.cli import _options
 
 if TYPE_CHECKING:
@@ -357,7 +358,7 @@ def _check_space(job: Job, missing: list[int]) -> None:
     from dcae_jax.data import latents
     from dcae_jax.errors import UserError
 
-    local = "://" not in os.fspath(job.where)
+    local = not store.is_store(job.where)
     needed = job.plan.space(missing if local else missing[:1]) + latents.MARGIN
     folder = os.path.abspath(job.where) if local else tempfile.gettempdir()
     while not os.path.exists(folder):

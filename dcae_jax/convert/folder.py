@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from etils import epath
 
-from dcae_jax import outputs
+from dcae_jax import outputs, store
 from dcae_jax.errors import UserError
 
 CONFIG, UNFINISHED = "config.json", "unfinished.txt"
@@ -27,7 +27,7 @@ def filling(out: epath.Path, ours: tuple[str, ...]) -> Iterator[None]:
     are replaced.
     """
     refuse_existing(out, ours)
-    absent = [] if "://" in str(out) else [p for p in (out, *out.parents) if not p.exists()]
+    absent = [] if store.is_store(out) else [p for p in (out, *out.parents) if not p.exists()]
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
     with outputs.locked(out, "--out"):
@@ -73,7 +73,7 @@ def writing(out: epath.Path) -> contextlib.AbstractContextManager[None]:
 
 def require_room(out: epath.Path, size: int) -> None:
     """UserError if the disk has no room for `size` bytes of tensors."""
-    if "://" in str(out):
+    if store.is_store(out):
         return
     free, need = shutil.disk_usage(out).free, size + _SPARE
     if free < need:

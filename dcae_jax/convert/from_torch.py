@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from dcae_jax import tree
+from dcae_jax import store, tree
 from dcae_jax.config import JSONValue
 from dcae_jax.convert import folder, layouts, names, releases
 from dcae_jax.convert.folder import CONFIG
@@ -134,7 +134,7 @@ def _hub_name(source: str) -> str | None:
 
 def _absolute(source: str) -> epath.Path:
     path = epath.Path(source).expanduser()
-    return path if "://" in source else path.resolve()
+    return path if store.is_store(source) else path.resolve()
 
 
 # ------------------------------------------------------------------------------------------ files

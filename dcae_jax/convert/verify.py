@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
+from dcae_jax import store
 from dcae_jax.convert import (
     diffusion_layouts,
     diffusion_names,
@@ -43,7 +44,7 @@ def problem(cfg: AnyConfig, out: epath.Path) -> str:
     """Why an export of this network to `out` cannot be verified here; "" if it can."""
     if absent := missing():
         return f"{absent} not installed: {INSTALL}"
-    if "://" in str(out):
+    if store.is_store(out):
         return f"{out} is not a local folder, which PyTorch reads alone"
     found = layouts.problems(cfg, Layout.diffusers)
     return f"diffusers has no such network ({found[0]})" if found else ""
@@ -110,7 +111,7 @@ def diffusion_problem(cfg: DiffusionModel, out: epath.Path) -> str:
         return "no PyTorch package has U-ViT's network"
     if absent := missing():
         return f"{absent} not installed: {INSTALL}"
-    if "://" in str(out):
+    if store.is_store(out):
         return f"{out} is not a local folder, which PyTorch reads alone"
     found = diffusion_layouts.problems(cfg, Layout.diffusers)
     return f"diffusers has no such network ({found[0]})" if found else ""
@@ -173,7 +174,7 @@ def masked_problem(out: epath.Path) -> str:
     """Why an export of a masked autoencoder cannot be verified here; "" if it can."""
     if absent := missing(("torch", "transformers")):
         return f"{absent} not installed: pip install torch transformers (CPU builds do)"
-    return f"{out} is not a local folder, which PyTorch reads alone" if "://" in str(out) else ""
+    return f"{out} is not a local folder, which PyTorch reads alone" if store.is_store(out) else ""
 
 
 def verify_masked(folder: epath.Path, layout: Layout) -> float:
